@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Tests of the checkout, set-up included:   bash launch/test.sh [fast|full|gpu] [pytest arguments]
+#
+#   fast       ruff, and the tests that start no processes: 2 minutes
+#   (nothing)  ruff, and all tests but the long ones and those that need a GPU: 12 minutes on 2 cores
+#   full       all tests but those that need a GPU
+#   gpu        the tests that need a GPU
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+
+selection=default
+case "${1-}" in
+    fast | full | gpu)
+        selection=$1
+        shift
+        ;;
+esac
+case $selection in
+    fast) markers="not processes and not full and not gpu" expected="2 minutes" ;;
+    default) markers="not full and not gpu" expected="9 minutes" ;;
+    full) markers="not gpu" expected="1 hour" ;;
+    gpu) markers="gpu" expected="10 minutes" ;;
+esac
+if [ "$selection" != gpu ]; then
+    export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu # the same tests on every machine
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+stage "ruff" "2 seconds"
+ruff check || fail "ruff check found something (above)"
+ruff format --check || fail "not formatted: run ruff format"
+stage "pytest -m '$markers'" "$expected"
+python -m pytest -m "$markers" "$@" || fail "pytest ended with exit code $?"

@@ -1,0 +1,1 @@
+"""Everything that touches DeepSpeed or a process group."""

@@ -1,0 +1,122 @@
+"""The one training loop, for every training and any number of engines."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mage_ds import keyed
+from mage_ds.engine import optim, process
+from mage_ds.errors import Stopped, UserError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """steps: optimizer steps of the whole run; accumulation: micro-batches of a step on each rank;
+    max_skipped: steps in a row whose gradient is not finite; one more ends the run."""
+
+    steps: int
+    accumulation: int
+    max_skipped: int
+
+
+def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=None, pictures=None) -> None:
+    """Train `engines` from run.step to limits.steps.
+
+    Args: engines: name -> DeepSpeed engine; batches(position) -> endless iterator of this rank's micro-batches
+    with `.waited`, seconds; step_fn(engines, batch, step) yields (engine name, loss, logs), once for each
+    optimizer: loss is the micro-batch's sum over samples / micro batch size, logs are scalar tensors, means over
+    the micro-batch, of which the mean over the global batch is shown; lr: name -> function of the step;
+    after_step(engines, step): EMA and the like; evaluate(engines, step) -> figures; pictures(engines, step) ->
+    a uint8 picture.
+    Raises Stopped after a signal, once the last completed step is saved; UserError after too many steps
+    without a finite gradient.
+    """
+    me = process.start()
+    stop, started, in_a_row = process.Stop(me), 0, 0
+    stream = batches(run.position)
+    try:
+        for step in range(run.step, limits.steps):
+            for name, engine in engines.items():
+                optim.set_lr(engine, lr[name](step))
+            totals, outcomes = {}, {}
+            for micro in range(limits.accumulation):
+                if reason := stop.due(started):
+                    run.stop(reason, engines)
+                    raise Stopped(f"{reason}: saved after step {run.step}")
+                started += 1
+                seed_dropout(run.seed, step, micro * me.world + me.rank)
+                for name, loss, logs in step_fn(engines, next(stream), step):
+                    for key, value in logs.items():
+                        totals[key] = totals.get(key, 0) + value.detach().float()
+                    engines[name].backward(_poisoned(loss))
+                    outcomes[name] = _step(engines[name])
+            if after_step:
+                after_step(engines, step)
+            norms = {name: norm for name, norm in outcomes.items() if norm is not None}
+            in_a_row = 0 if len(norms) == len(engines) else in_a_row + 1
+            run.skipped += in_a_row > 0
+            if in_a_row:
+                process.say(f"step {step + 1}: the gradient is not finite, step skipped ({in_a_row} in a row)")
+            if in_a_row > limits.max_skipped:
+                raise UserError(
+                    f"{run.path}: {in_a_row} steps in a row without a finite gradient; the checkpoint of step "
+                    f"{run.saved} is kept; lower optimizer.base_lr or choose --precision float32"
+                )
+            figures = {}
+            if run.log_due(step + 1):
+                figures = _means(totals, limits.accumulation * me.world)
+                figures |= _named("lr", {name: lr[name](step) for name in engines}) | _named("grad_norm", norms)
+                figures |= {"skipped": run.skipped, "waited": stream.waited}
+            run.end_of_step(step + 1, engines, figures, evaluate, pictures)
+    finally:
+        stream.close()
+
+
+def seed_dropout(seed: int, step: int, micro: int) -> None:
+    """Seed the dropout generator for one micro-batch, by its place in the global batch: no RNG state is saved,
+    and the same micro batch on another world size drops the same units."""
+    torch.manual_seed(keyed.seed_of(seed, "dropout", step, micro))
+
+
+def _poisoned(loss: torch.Tensor) -> torch.Tensor:
+    """`loss`, with a NaN gradient where it is not finite: so the gradient's check covers the loss on any rank."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+def _step(engine) -> float | None:
+    """engine.step(): at the accumulation's end, update if the gradient is finite.
+
+    Returns the gradient's norm before clipping, None where the update was skipped or is not due yet.
+    DeepSpeed skips a gradient that is not finite in every stage but float32 stage 0. There the gradients are
+    whole and already reduced, alike on all ranks: with them removed, the update does nothing.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    norm = None
+    if engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            for parameter in engine.module.parameters():
+                parameter.grad = None
+    engine.step()
+    if norm is None:
+        norm = float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
+    return norm if math.isfinite(norm) else None
+
+
+def _means(totals: dict[str, torch.Tensor], micro_batches: int) -> dict[str, float]:
+    """Means over the global batch; one small all-reduce, one read by the host."""
+    if not totals:
+        return {}
+    means = process.sum_over_ranks(torch.stack(list(totals.values()))) / micro_batches
+    return dict(zip(totals, means.tolist(), strict=True))
+
+
+def _named(key: str, values: dict[str, float]) -> dict[str, float]:
+    """{"lr": x} for a training with one engine, {"generator_lr": x, ...} for one with several."""
+    if len(values) == 1:
+        return {key: next(iter(values.values()))}
+    return {f"{name}_{key}": value for name, value in values.items()}

@@ -1,0 +1,301 @@
+"""One process of a run: its rank, its device, what it may say, when it must stop, and who watches over it."""
+
+import atexit
+import contextlib
+import io
+import logging
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from mage_ds.errors import EXIT_STOPPED, UserError
+
+_LAUNCHER = b"deepspeed.launcher.launch"
+_GRACE_S = 60  # after a launcher's death nobody else ends a rank that hangs
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who this process is. `store` is the key-value store of the group (torch.distributed)."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: Any
+    store: Any
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+_process: Process | None = None
+_stop_reason: str | None = None
+
+
+def start(threads: int | None = None) -> Process:
+    """Join the process group (gloo on the CPU, nccl on GPUs) once; later calls return the same Process.
+
+    Ranks come from the launcher's environment; without one this is a group of a single process. On a CPU the
+    cores are shared out between the ranks of a host, because the launcher leaves every rank all of them;
+    `threads` fixes the number instead (results depend on it).
+    """
+    global _process
+    import torch
+
+    if _process is None:
+        _process = _join(torch)
+        if _process.device.type == "cpu" and threads is None and "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, len(os.sched_getaffinity(0)) // _process.local_world)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return _process
+
+
+def _join(torch) -> Process:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, and warns
+    _quiet()
+    rank, world = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    local_world = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _watch_launcher()
+    store = _store(torch, rank, world)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    atexit.register(_leave)
+
+    with contextlib.redirect_stdout(io.StringIO()):  # "op built successfully"
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return Process(rank, world, local_rank, local_world, device, torch.distributed.PrefixStore("mage_ds", store))
+
+
+def _store(torch, rank: int, world: int):
+    if world == 1:
+        return torch.distributed.HashStore()
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as missing:
+        raise UserError(
+            f"WORLD_SIZE={world} but {missing} is not set: start with `deepspeed --module mage_ds ...`"
+        ) from None
+    return torch.distributed.TCPStore(address, port, world, rank == 0, timedelta(minutes=5))
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _quiet() -> None:
+    """DeepSpeed and torch say dozens of lines at start; ours are the ones to read."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|timm)\b.*")
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    for handler in logger.handlers:
+        handler.setLevel(logging.ERROR)
+
+
+# --- what is said, and by whom -------------------------------------------------------------------------------
+
+
+def say(message: str) -> None:
+    """Print one line, on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def log_to_file(folder: Path) -> None:
+    """From here on, what a rank other than 0 prints goes to `folder`/rank_N.log; its errors stay on the screen."""
+    if _process is None or _process.first:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout = open(folder / f"rank_{_process.rank}.log", "a", buffering=1)  # noqa: SIM115 (lives as long as we do)
+
+
+def say_error(message: str) -> None:
+    """Print one error line: once by rank 0 if it is common to all ranks, else by the rank that has it.
+
+    A rank with an error waits a little for rank 0: where rank 0 has the same, or is gone, it has been said.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"mage-ds: error: {message}", file=sys.stderr, flush=True)
+        if _process is not None and _process.world > 1:
+            _process.store.set("error/0", message)
+            time.sleep(1)  # the store is rank 0's: let the others read before it goes
+        return
+    if _process is None:
+        return
+    try:
+        _process.store.wait(["error/0"], timedelta(seconds=5))
+        common = _process.store.get("error/0").decode() == message
+    except Exception as reason:  # what a store raises differs between versions; a timeout means rank 0 is well
+        common = "imeout" not in str(reason) and "imed out" not in str(reason)
+    if not common:
+        print(f"mage-ds: error: rank {_process.rank}: {message}", file=sys.stderr, flush=True)
+
+
+# --- talking to the other ranks ------------------------------------------------------------------------------
+
+
+def barrier() -> None:
+    import torch
+
+    if _process.world > 1:
+        torch.distributed.barrier()
+
+
+def broadcast_object(value, source: int = 0):
+    """`value` of rank `source`, on every rank."""
+    import torch
+
+    if _process.world == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=source, device=_process.device)
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """The `value` of every rank, in order of rank, on every rank."""
+    import torch
+
+    if _process.world == 1:
+        return [value]
+    values = [None] * _process.world
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensor):
+    """`tensor` summed over the ranks, in place; returns it."""
+    import torch
+
+    if _process.world > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def on_first(action):
+    """`action()` on rank 0 only; its result, or its UserError, on every rank (files are touched by one rank)."""
+    outcome = None
+    if _process.first:
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    result, error = broadcast_object(outcome)
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+# --- stopping ------------------------------------------------------------------------------------------------
+
+
+def stop_on_signals() -> None:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next micro-batch; a second SIGINT interrupts at once."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _on_signal)
+
+
+def _on_signal(number, frame) -> None:
+    global _stop_reason
+    if number == signal.SIGINT and _stop_reason is not None:
+        raise KeyboardInterrupt
+    _stop_reason = signal.Signals(number).name
+
+
+class Stop:
+    """Agrees on the micro-batch before which all ranks stop, through the store, without a collective.
+
+    A signal reaches the ranks one after the other, and a collective that only some of them enter hangs. So each
+    rank notes the micro-batch that it is about to begin, then looks whether a stop is on; rank 0, once asked,
+    announces the stop, reads what every rank has begun, and names the first that none has. Whoever sees the
+    announcement waits for that number: rank 0 is then about to write it.
+    """
+
+    def __init__(self, process: Process):
+        self._process = process
+        self._at: int | None = None
+        process.store.set(f"begun/{process.rank}", "-1")
+
+    def due(self, micro: int) -> str | None:
+        """The reason to stop before micro-batch `micro` (counted from the start of this process), or None."""
+        store, first = self._process.store, self._process.first
+        if self._process.world == 1:
+            return _stop_reason
+        store.set(f"begun/{self._process.rank}", str(micro))
+        if _stop_reason is not None and not store.check(["stop_request"]):
+            store.set("stop_request", _stop_reason)
+        if self._at is None and first and store.check(["stop_request"]):
+            store.set("stopping", "1")
+            begun = [int(store.get(f"begun/{rank}")) for rank in range(self._process.world)]
+            store.set("stop_at", str(max(begun) + 1))
+        if self._at is None and store.check(["stopping"]):
+            self._at = int(store.get("stop_at"))
+        if self._at is None or micro < self._at:
+            return None
+        return store.get("stop_request").decode()
+
+
+def _watch_launcher() -> None:
+    """End this rank when its launcher dies, or the launcher's own parent: neither tells its children.
+
+    `deepspeed` starts launch.py, which starts the ranks. SIGTERM to `deepspeed` is not forwarded, and a SIGKILL
+    cannot be: a rank must look. It is asked to stop as by a signal, and ended if it does not.
+    """
+    parent = os.getppid()
+    try:
+        if _LAUNCHER not in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return
+        grandparent = _parent_of(parent)
+    except OSError:  # no /proc: nothing to watch with
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent and _parent_of(parent) == grandparent:
+            time.sleep(0.5)
+        _launcher_died()
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def _launcher_died() -> None:
+    global _stop_reason
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if stat.S_ISFIFO(os.fstat(number).st_mode):  # a pipe that nobody reads any more would break the last save
+            os.dup2(nowhere, number)
+    _stop_reason = _stop_reason or "launcher died"
+    time.sleep(_GRACE_S)
+    os._exit(EXIT_STOPPED)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return -1
+    return int(fields.rsplit(")", 1)[1].split()[1])

@@ -1,0 +1,166 @@
+"""From a recipe to a run that is about to take its first step: the part that every training shares."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mage_ds import recipes
+from mage_ds.engine import checkpoint, ds_config, optim, process, run_folder, wrap
+from mage_ds.engine.loop import Limits
+from mage_ds.engine.run_folder import Run
+from mage_ds.errors import UserError
+from mage_ds.inputs import dali
+from mage_ds.inputs.catalog import Catalog
+from mage_ds.inputs.quarantine import Quarantine
+from mage_ds.recipes.schema import Recipe
+from mage_ds.report.progress import peak_flops
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a start. out: the run folder; deepspeed_config: a JSON file or the name of
+    one that comes with the package; resume: auto, never or a checkpoint folder; extend: a longer duration is meant."""
+
+    out: Path
+    deepspeed_config: str | None = None
+    resume: str = "auto"
+    extend: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A start, decided but not begun: nothing is built, nothing written.
+
+    steps, warmup: of the whole run; share: how the batch falls to ranks; config: DeepSpeed's, in force;
+    source: the checkpoint to continue from; facts: fingerprints of data and tokenizer.
+    """
+
+    recipe: Recipe
+    options: Options
+    precision: str
+    share: ds_config.Share
+    config: dict
+    steps: int
+    warmup: int
+    dataset: int
+    facts: dict
+    source: Path | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def done(self) -> bool:
+        return self.source is not None and checkpoint.read_meta(self.source)["step"] >= self.steps
+
+
+def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest: Callable[[], int]) -> Plan:
+    """Decide everything about a start and refuse what cannot be, before anything is built. All ranks call it.
+
+    dataset: samples of the training split; facts: {"data": fingerprint, "tokenizer": hash}; largest(): the micro
+    batch that fits.
+    """
+    me = process.start()
+    path, config = ds_config.read(options.deepspeed_config)
+    if options.deepspeed_config is None:
+        process.say(f"DeepSpeed configuration: {path.name} (choose another with --deepspeed_config)")
+    precision = ds_config.choose_precision(recipe.machine.precision, me.device)
+    process.say(f"precision {precision}, {me.world} ranks on {me.device.type} of {torch.get_num_threads()} threads")
+    steps, warmup, note = recipes.schedule(recipe, dataset)
+    if steps < 1:
+        raise UserError(f"duration = {recipe.duration.model_dump()}: is no step of {recipe.batch} samples")
+    if note:
+        process.say(note)
+    source = process.on_first(
+        lambda: run_folder.choose_start(options.out, recipe, facts, options.resume, options.extend)
+    )
+    recipe = _same_micro_batch(recipe, options.out, me.world)
+    share = ds_config.share(recipe, me.world, largest() if recipe.machine.micro_batch == "auto" else 0)
+    config = ds_config.in_force(path, config, share, clip=recipe.optimizer.clip, precision=precision)
+    return Plan(recipe, options, precision, share, config, steps, warmup, dataset, facts, source)
+
+
+def _same_micro_batch(recipe: Recipe, out: Path, world: int) -> Recipe:
+    """For `auto` in a run that exists: the micro batch it had, so that its dropout goes on unchanged."""
+    try:
+        before = json.loads((out / "ds_config.json").read_text())["train_micro_batch_size_per_gpu"]
+    except (OSError, ValueError, KeyError):
+        return recipe
+    if recipe.machine.micro_batch != "auto" or recipe.batch % (before * world):
+        return recipe
+    return recipe.model_copy(update={"machine": recipe.machine.model_copy(update={"micro_batch": before})})
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run, open: engines by name, and what the loop needs."""
+
+    run: Run
+    engines: dict
+    lr: dict
+    limits: Limits
+
+
+def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None, flops_per_image: float) -> Training:
+    """Write the run folder, wrap the models as DeepSpeed engines, resume, open the logs. All ranks call it.
+
+    models: by name, with their initial values; save_tokenizer(folder): writes the run's copy of its tokenizer.
+    """
+    me, recipe, out = process.start(), plan.recipe, plan.options.out
+    process.on_first(lambda: run_folder.create(out, recipe, plan.facts, plan.config, save_tokenizer))
+    process.log_to_file(out / "logs")
+    engines = {name: wrap.wrap(model, recipe, plan.config, me.device) for name, model in models.items()}
+    run = Run(out, recipe, plan.facts, steps=plan.steps, dataset=plan.dataset)
+    run.resume(engines, plan.source)
+    _announce(plan, models)
+    peak = peak_flops(me.device, plan.dtype) * me.world
+    run.begin(flops_per_image=flops_per_image, peak_flops=peak)
+    lr = partial(
+        optim.cosine,
+        peak=recipe.effective_lr(),
+        floor=recipe.optimizer.min_lr,
+        steps=plan.steps,
+        warmup=plan.warmup,
+    )
+    limits = Limits(plan.steps, plan.share.accumulation, recipe.report.max_skipped)
+    return Training(run, engines, dict.fromkeys(models, lr), limits)
+
+
+def _announce(plan: Plan, models: dict[str, torch.nn.Module]) -> None:
+    share, recipe = plan.share, plan.recipe
+    for name, model in models.items():
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        process.say(f"{name}: {count:,} parameters")
+    process.say(
+        f"{plan.steps:,} steps of {share.batch} images = {share.micro_batch} per forward x {share.accumulation} "
+        f"accumulated x {share.world} ranks; learning rate {recipe.effective_lr():.3g} after {plan.warmup:,} steps of "
+        f"warm-up; ZeRO stage {plan.config['zero_optimization']['stage']}"
+    )
+
+
+def frozen(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
+    """A frozen model beside the engine: on the device, in the run's number format, convolutions channels last."""
+    model = model.to(process.start().device, plan.dtype).requires_grad_(False).eval()
+    return model.to(memory_format=torch.channels_last)
+
+
+def stream(plan: Plan, catalog: Catalog) -> Callable[[int], dali.Ahead]:
+    """position -> this rank's endless micro-batches from there on; unreadable pictures are listed in the run."""
+    me, recipe = process.start(), plan.recipe
+    return lambda position: dali.stream(
+        catalog,
+        seed=recipe.seed,
+        position=position,
+        batch=recipe.batch,
+        micro_batch=plan.share.micro_batch,
+        rank=me.rank,
+        world=me.world,
+        inputs=recipe.inputs,
+        device=me.device,
+        quarantine=Quarantine(plan.options.out / "quarantine.jsonl", recipe.inputs.broken_limit, catalog.n),
+    )

@@ -1,0 +1,1 @@
+"""Bytes on disk become batches on a device: catalog -> order, augment -> dali -> Batch."""

@@ -1,0 +1,20 @@
+"""The models of the paper: plain torch.nn. Tensors, masks and generators come in as arguments."""
+
+from collections.abc import Callable
+
+import torch
+
+from .mage import Mage
+from .vqgan import Vqgan
+
+__all__ = ["Mage", "Vqgan", "initialize"]
+
+
+@torch.no_grad()
+def initialize(model: Mage | Vqgan, generator_of: Callable[[str], torch.Generator]) -> None:
+    """Writes every parameter's initial value in place. The model must be whole, not sharded.
+
+    generator_of(name) returns that parameter's own CPU generator. Parameters keep their dtype and device.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(model.initial_value(name, parameter.shape, generator_of(name)))

@@ -1,0 +1,17 @@
+"""Recipes: every number of a training, as YAML, read strictly. The files lie in the folders beside."""
+
+from mage_ds.recipes.load import dump, load_recipe, recipe_file, recipe_names, resolve, schedule
+from mage_ds.recipes.schema import Duration, PretrainRecipe, Recipe, TokenizerRecipe
+
+__all__ = [
+    "Duration",
+    "PretrainRecipe",
+    "Recipe",
+    "TokenizerRecipe",
+    "dump",
+    "load_recipe",
+    "recipe_file",
+    "recipe_names",
+    "resolve",
+    "schedule",
+]

@@ -1,0 +1,1 @@
+"""What people look at: progress lines and metrics, TensorBoard, grids of pictures, curves."""

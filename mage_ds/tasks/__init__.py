@@ -1,0 +1,1 @@
+"""One job, one file, read from top to bottom."""

@@ -1,0 +1,113 @@
+"""The packaged recipes: they load, they hold the paper's numbers, and every field explains itself."""
+
+import pytest
+import yaml
+
+from mage_ds import recipes
+
+# The supplement's Table 10 and model sizes, written out once more.
+TABLE_10 = {
+    "duration": {"epochs": 1600},
+    "warmup": {"epochs": 40},
+    "optimizer.base_lr": 0.00015,
+    "optimizer.min_lr": 0.0,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.betas": [0.9, 0.95],
+    "optimizer.clip": 3.0,
+    "inputs.image_size": 256,
+    "inputs.augmentation.scale": [0.2, 1.0],
+    "inputs.augmentation.ratio": [3 / 4, 4 / 3],
+    "inputs.augmentation.flip": True,
+    "inputs.interpolation": "linear",
+    "tokenizer.channels": 128,
+    "tokenizer.multipliers": [1, 1, 2, 2, 4],
+    "tokenizer.blocks": 2,
+    "tokenizer.code_dim": 256,
+    "tokenizer.codes": 1024,
+    "model.tokens": 256,
+    "model.codes": 1024,
+    "model.vocabulary": 1026,
+    "model.dropout": 0.1,
+    "model.padding": "cls",
+    "masking.mean": 0.55,
+    "masking.std": 0.25,
+    "masking.low": 0.5,
+    "masking.high": 1.0,
+    "masking.drop": 0.5,
+    "masking.per": "sample",
+    "label_smoothing": 0.1,
+    "sampling.steps": 20,
+    "sampling.temperature": 6.0,
+}
+SIZES = {  # batch, effective lr, encoder and decoder as depth, width, heads
+    "pretrain_vit_base": (4096, 2.4e-3, (12, 768, 12), (8, 768, 16)),
+    "pretrain_vit_large": (2048, 1.2e-3, (24, 1024, 16), (8, 1024, 16)),
+    "pretrain_vit_huge": (2048, 1.2e-3, (32, 1280, 16), (8, 1024, 16)),
+}
+
+
+def test_names():
+    assert recipes.recipe_names() == ["digits_mage", "digits_tokenizer", *sorted(SIZES)]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_paper(name):
+    recipe = recipes.load_recipe(name)
+    batch, lr, encoder, decoder = SIZES[name]
+    identity = recipe.identity()
+    assert {key: identity[key] for key in TABLE_10} == TABLE_10
+    assert recipe.batch == batch
+    assert recipe.effective_lr() == pytest.approx(lr)
+    for stack, numbers in ((recipe.model.encoder, encoder), (recipe.model.decoder, decoder)):
+        assert (stack.depth, stack.width, stack.heads) == numbers
+    checkpointing = "none" if name == "pretrain_vit_base" else "full"
+    assert recipe.machine.activation_checkpointing == checkpointing
+
+
+def test_digits_fit_each_other():
+    tokenizer, mage = recipes.load_recipe("digits_tokenizer"), recipes.load_recipe("digits_mage")
+    assert mage.tokenizer == tokenizer.model
+    assert mage.inputs == tokenizer.inputs
+    assert mage.inputs.augmentation.model_dump() == {"scale": None, "ratio": None, "flip": False}
+
+
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_each_recipe(name, tmp_path):
+    recipe = recipes.load_recipe(name)
+    # Its header says where the numbers are from, how to run it, what to expect.
+    header = [line for line in recipes.recipe_file(name).read_text().splitlines() if line.startswith("#")]
+    assert any("paper.md" in line for line in header)
+    assert any(f"train {name}" in line for line in header)
+    assert any("Expected:" in line for line in header)
+    # Written and read again it is the same.
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipe))
+    assert recipes.load_recipe(path) == recipe
+    # Plain YAML that any reader understands, every value in it given, every field explained.
+    plain = yaml.safe_load(path.read_text())
+    assert plain["optimizer"]["base_lr"] == recipe.optimizer.base_lr
+    leaves = {leaf.key: leaf for leaf in recipe.leaves()}
+    assert all(leaf.meaning and len(leaf.meaning) > 10 for leaf in leaves.values())
+    for leaf in leaves.values():
+        value = plain
+        for part in leaf.key.split("."):
+            value = value[part]
+        assert value == leaf.value, leaf.key
+
+
+def test_identity_and_machine():
+    recipe = recipes.load_recipe("pretrain_vit_base")
+    machine = {leaf.key for leaf in recipe.leaves() if leaf.kind == "machine"}
+    assert machine == {
+        "description",
+        "inputs.broken_limit",
+        *(f"report.{name}" for name in ("log_every", "evaluate_every", "pictures_every", "checkpoint_every")),
+        "report.evaluate_samples",
+        "report.keep",
+        "report.max_skipped",
+        *(f"machine.{name}" for name in ("precision", "micro_batch", "activation_checkpointing", "compile")),
+    }
+    assert not machine & set(recipe.identity())
+    faster = recipes.load_recipe("pretrain_vit_base", ["machine.compile=true", "report.log_every=1"])
+    assert faster.identity() == recipe.identity()
+    assert recipes.load_recipe("pretrain_vit_base", ["seed=1"]).identity() != recipe.identity()

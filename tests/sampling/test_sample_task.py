@@ -1,0 +1,150 @@
+"""`sample` on a small run, through DeepSpeed's inference engine, in one other process for all cases."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mage_ds import models, recipes
+from mage_ds.engine import stored
+from mage_ds.sampling import decode
+
+SIZES = [
+    "tokenizer={channels: 32, multipliers: [1, 1, 1], blocks: 1, code_dim: 8, codes: 32}",
+    "inputs.image_size=16",
+    "inputs.evaluation_resize=16",
+    "model={encoder: {depth: 1, width: 32, heads: 2}, decoder: {depth: 1, width: 32, heads: 2}, tokens: 16, "
+    "codes: 32, vocabulary: 34, dropout: 0.5, padding: cls}",
+    "sampling={steps: 4, temperature: 2.0}",
+]
+
+
+def make_run(path: Path):
+    """A run folder as training leaves it, of untrained weights; returns its models."""
+    recipe = recipes.load_recipe("digits_mage", SIZES)
+    mage, vqgan = models.Mage(**recipe.model.model_dump()), models.Vqgan(**recipe.tokenizer.model_dump())
+    for model in (mage, vqgan):
+        for i, parameter in enumerate(model.parameters()):
+            with torch.no_grad():
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(i))
+    folder = path / "checkpoints" / "step_000007"
+    folder.mkdir(parents=True)
+    file = folder / "mage.weight.00000.safetensors"
+    save_file(dict(mage.state_dict()), file)
+    data = file.read_bytes()
+    files = {file.name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+    (folder / "meta.json").write_text(json.dumps({"format": 1, "step": 7, "engines": {"mage": {}}, "files": files}))
+    stored.save_tokenizer(path / "tokenizer", vqgan, recipe.tokenizer.model_dump(), 16)
+    (path / "recipe.yaml").write_text(recipes.dump(recipe))
+    return mage.eval(), vqgan.eval()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The folder with everything made, the models, and what each call reported by its name."""
+    root = tmp_path_factory.mktemp("sample")
+    trained = make_run(root / "run")
+    calls = {
+        "first": {"num": 11, "out": "a", "batch": 4},
+        "again": {"num": 11, "out": "a"},
+        "more": {"num": 14, "out": "a"},
+        "whole": {"num": 14, "out": "b", "batch": 4},
+        "other batch": {"num": 14, "out": "c", "batch": 5},
+        "few": {"num": 3, "out": "d", "steps": 2, "temperature": 0, "round": True},
+        "other seed": {"num": 11, "out": "a", "seed": 1},
+        "no pictures": {"num": 0, "out": "e"},
+        "no step": {"num": 1, "out": "e", "checkpoint": 8},
+        "no run": {"num": 1, "out": "e", "run": str(root / "run" / "tokenizer")},
+    }
+    lines = [json.dumps({"run": str(root / "run"), **c, "out": str(root / c["out"])}) for c in calls.values()]
+    (root / "calls.jsonl").write_text("\n".join(lines))
+    script = Path(__file__).with_name("sample_run.py")
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2]), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(root / "calls.jsonl")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return root, trained, dict(zip(calls, results, strict=True)), done.stdout
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+pytestmark = pytest.mark.processes
+
+
+def test_pictures_are_what_the_models_give(ran):
+    root, (mage, vqgan), _, _ = ran
+    with np.load(root / "b" / "tokens.npz") as file:
+        tokens = torch.from_numpy(file["tokens"].astype(np.int64))
+    index = np.arange(14)
+    empty, every = torch.zeros(14, 16, dtype=torch.int64), torch.ones(14, 16, dtype=torch.bool)
+    noise = decode.keyed_noise(0, index, 16)
+    expected = decode.decode(mage, empty, every, steps=4, temperature=2.0, noise=noise)
+    assert (tokens == expected).all()
+    with torch.no_grad():
+        images = vqgan.detokenize(tokens)
+    for i in index:
+        with open(root / "b" / f"{i:06d}.png", "rb") as file:
+            shown = np.asarray(Image.open(file)).astype(int)
+        exact = (images[i].clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+        assert shown.shape == (16, 16, 3) and np.abs(shown - np.floor(exact)).max() <= 1  # rounding of the floats
+        assert (shown == np.floor(exact)).mean() > 0.99
+    assert len({p.read_bytes() for p in (root / "b").glob("0*.png")}) == 14
+
+
+def test_every_prediction_goes_through_the_engine(ran):
+    counts = {name: (result["engine"], result["module"]) for name, result in ran[2].items()}
+    assert counts["first"] == (3 * 4, 3 * 4)  # three tiles, four steps
+    assert counts["again"] == (0, 0)  # nothing to do
+    assert counts["more"] == (2 * 4, 2 * 4)  # the tile that had padding, and a new one
+    assert counts["few"] == (2, 2)
+
+
+def test_a_continued_folder_equals_one_made_at_once(ran):
+    root = ran[0]
+    assert files(root / "a") == files(root / "b")
+    assert "complete; nothing to do" in ran[3]
+
+
+def test_another_batch_gives_the_same_tokens(ran):
+    root = ran[0]
+    one, other = (np.load(root / name / "tokens.npz")["tokens"] for name in "bc")
+    assert (one == other).all(axis=1).mean() >= 0.95
+
+
+def test_the_manifest_says_everything(ran):
+    root = ran[0]
+    manifest = json.loads((root / "d" / "manifest.json").read_text())
+    expected = {"checkpoint": 7, "seed": 0, "steps": 2, "temperature": 0.0, "rounding": "nearest", "num": 3}
+    expected |= {"batch": 3, "threads": 1, "precision": "float32", "complete": True, "device": "cpu"}
+    assert {key: manifest[key] for key in expected} == expected
+    assert len(manifest["weights"]) == len(manifest["tokenizer"]) == 64
+    assert manifest["run"] == str(root / "run") and set(manifest["versions"]) == {"torch", "deepspeed", "numpy"}
+
+
+def test_mistakes_are_one_line_and_change_nothing(ran):
+    root, _, results, _ = ran
+    said = {
+        "other seed": ["seed 0 there, 1 here", str(root / "a")],
+        "no pictures": ["--num 0"],
+        "no step": ["--checkpoint 8", "7"],
+        "no run": ["recipe.yaml", "tokenizer"],
+    }
+    for name, parts in said.items():
+        error = results[name]["error"]
+        assert error and "\n" not in error
+        for part in parts:
+            assert part in error, (name, part, error)
+    assert all(results[name]["error"] is None for name in results if name not in said)
+    assert not (root / "e").exists()

@@ -1,0 +1,252 @@
+"""The command line: what reaches a task, what a mistake looks like, exit codes, and how fast help answers."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mage_ds import cli
+from mage_ds.errors import Stopped, UserError
+
+VERBS = ("prepare", "train", "sample", "evaluate", "recipes")
+
+
+def parameters(module: str, function: str) -> tuple[set, set]:
+    """Names of a task's parameters, and those without a default; read, since importing it would import torch."""
+    tree = ast.parse(Path(cli.__file__).with_name("tasks").joinpath(f"{module}.py").read_text())
+    [found] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    positional = [arg.arg for arg in found.args.args]
+    required = set(positional[: len(positional) - len(found.args.defaults)])
+    keyword = dict(zip([arg.arg for arg in found.args.kwonlyargs], found.args.kw_defaults, strict=True))
+    return {*positional, *keyword}, required | {name for name, default in keyword.items() if default is None}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Tasks are recorded instead of run; what they are given must be what their source asks for."""
+    found = []
+
+    def task(module, function, **given):
+        names, required = parameters(module, function)
+        assert required <= set(given) <= names
+        found.append((module, function, given))
+
+    monkeypatch.setattr(cli, "_task", task)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return found
+
+
+def mistake(capsys, *argv) -> str:
+    """The one line that this command line ends with."""
+    assert cli.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("mage-ds: error: ") and err.count("\n") == 1
+    return err
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("argv", [[], *([verb] for verb in VERBS), ["--local_rank=0", "train"]])
+def test_help_is_quick_and_imports_no_torch(argv):
+    heavy = "('torch', 'deepspeed', 'nvidia', 'timm', 'sklearn', 'matplotlib', 'PIL')"
+    code = (
+        "import sys; from mage_ds.cli import main\n"
+        f"try: main({[*argv, '--help']})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        f"assert not [name for name in {heavy} if name in sys.modules]"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert seconds < 2
+    if argv:
+        assert "example:\n  mage-ds " in done.stdout
+    else:
+        assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_recipes_imports_no_torch_and_module_runs():
+    code = "import sys; from mage_ds.cli import main; main(['recipes']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "mage_ds", "frobnicate"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mage-ds: error: ") and done.stderr.count("\n") == 1
+    assert "prepare" in done.stderr
+
+
+# ---- arguments
+
+
+def test_train(calls):
+    line = (
+        "--local_rank=1 train pretrain_vit_base batch=4 duration.steps=2 --deepspeed_config zero2 "
+        "--tokenizer random --data P seed=5 --out R --precision float32 report.keep=1 --micro-batch 2"
+    )
+    assert cli.main(line.split()) == 0
+    [(module, function, given)] = calls
+    assert (module, function) == ("pretrain", "pretrain")
+    recipe = given.pop("recipe")
+    assert given == {
+        "data": "P",
+        "tokenizer": "random",
+        "out": "R",
+        "deepspeed_config": "zero2",
+        "resume": "auto",
+        "extend": False,
+    }
+    assert (recipe.batch, recipe.seed, recipe.report.keep) == (4, 5, 1)
+    assert recipe.duration.model_dump() == {"steps": 2}
+    assert (recipe.machine.precision, recipe.machine.micro_batch) == ("float32", 2)
+
+
+def test_train_tokenizer(calls):
+    assert cli.main(["train", "digits_tokenizer", "--data", "P", "--out", "R", "--resume", "never", "--extend"]) == 0
+    [(module, function, given)] = calls
+    assert (module, function) == ("train_tokenizer", "train_tokenizer")
+    recipe = given.pop("recipe")
+    assert given == {"data": "P", "out": "R", "deepspeed_config": None, "resume": "never", "extend": True}
+    assert (recipe.machine.precision, recipe.machine.micro_batch) == ("auto", "auto")
+
+
+@pytest.mark.parametrize("front", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"], []])
+def test_other_verbs(calls, front):
+    for line in (
+        "sample R --num 3 --out D --temperature 0 --threads 2 --round",
+        "evaluate D --reference P --run R",
+        "prepare --sample photos --out P",
+        "prepare S --out P --val-fraction 0.25 --verify full",
+        "recipes digits_mage",
+        "recipes",
+    ):
+        assert cli.main([*front, *line.split()]) == 0
+    sample = {"run": "R", "num": 3, "out": "D", "steps": None, "temperature": 0.0, "seed": 0, "batch": 64}
+    sample |= {"checkpoint": None, "threads": 2, "round": True}
+    evaluate = {"source": "D", "reference": "P", "metrics": ["readable"], "run": "R", "out": None}
+    photos = {"src": None, "sample": "photos", "out": "P", "val_fraction": None, "verify": "quick"}
+    own = {"src": "S", "sample": None, "out": "P", "val_fraction": 0.25, "verify": "full"}
+    assert calls == [
+        ("sample", "sample", sample),
+        ("evaluate", "evaluate", evaluate),
+        ("prepare", "prepare", photos),
+        ("prepare", "prepare", own),
+        ("inspect", "recipes", {"name": "digits_mage"}),
+        ("inspect", "recipes", {"name": None}),
+    ]
+
+
+# ---- mistakes
+
+TRAIN = "train pretrain_vit_base --data P --out R"
+
+
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        ("", ["VERB"]),
+        ("trian", ["trian", "train"]),
+        ("train digits_mage", ["--data", "--out", "mage-ds train --help"]),
+        ("train digits_tokenizer --data P --out R --tokenizer T", ["--tokenizer T", "digits_tokenizer"]),
+        (f"{TRAIN} --tokenizer random --batch 4", ["--batch"]),
+        (f"{TRAIN} --tokenizer random --extend batc=4", ["did you mean batch?"]),
+        (f"{TRAIN} --tokenizer random 4", ["4: an override is key=value"]),
+        (f"{TRAIN} --tokenizer random --precision fp16", ["machine.precision = fp16", "auto, bf16, float32"]),
+        (f"{TRAIN} --tokenizer random --micro-batch 0", ["machine.micro_batch = 0", "at least 1"]),
+        ("train digits --data P --out R", ["recipe digits", "did you mean digits_mage?"]),
+        ("sample R --out D", ["--num"]),
+        ("sample R --num 0 --out D", ["--num: 0", "at least 1"]),
+        ("sample R --num many --out D", ["--num: many", "whole number"]),
+        ("sample R --num 1 --out D --temperature -1", ["--temperature"]),
+        ("sample R --num 1 --out D --temperature nan", ["--temperature: nan", "at least 0"]),
+        ("sample R S --num 1 --out D", ["unrecognized arguments: S"]),
+        ("evaluate D", ["--reference"]),
+        ("evaluate D --reference P --metrics readable,fidd", ["--metrics: fidd", "one of readable"]),
+        ("prepare --sample emojis", ["--sample", "digits", "photos"]),
+        ("prepare S --out P --val-fraction 2", ["--val-fraction: 2", "from 0 to 1"]),
+        ("recipes nothing_like_it", ["nothing_like_it", "digits_mage"]),
+    ],
+)
+def test_mistakes(line, parts, calls, capsys, monkeypatch):
+    if line.startswith("recipes"):
+        monkeypatch.undo()
+    message = mistake(capsys, *line.split())
+    for part in parts:
+        assert part in message
+    assert calls == []
+
+
+# ---- how it ends
+
+
+def ending(monkeypatch, error: BaseException, *, world=None, debug=False):
+    def task(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "_task", task)
+    for name, value in (("WORLD_SIZE", world), ("MAGE_DS_DEBUG", "1" if debug else None)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    return cli.main(["recipes"])
+
+
+def test_exit_codes(monkeypatch, capsys):
+    assert ending(monkeypatch, UserError("data P: no pictures")) == 2
+    assert capsys.readouterr().err == "mage-ds: error: data P: no pictures\n"
+    assert ending(monkeypatch, Stopped("step 7")) == 75
+    assert ending(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == ""
+    assert ending(monkeypatch, UserError("odd"), debug=True) == 2
+    assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):  # a bug is not swallowed
+        ending(monkeypatch, RuntimeError("planted"))
+
+
+def test_a_bug_keeps_its_traceback():
+    code = (
+        "import sys; from mage_ds import cli\n"
+        "def task(*_, **__): raise RuntimeError('planted')\n"
+        "cli._task = task; sys.exit(cli.main(['recipes']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "RuntimeError: planted" in done.stderr
+
+
+def test_several_ranks_leave_the_choice_of_the_speaker_to_the_engine(monkeypatch, capsys):
+    said = []
+    process = SimpleNamespace(say_error=said.append)
+    monkeypatch.setitem(sys.modules, "mage_ds.engine", SimpleNamespace(process=process))
+    monkeypatch.setitem(sys.modules, "mage_ds.engine.process", process)
+    assert ending(monkeypatch, UserError("data P: no pictures"), world="2") == 2
+    assert said == ["data P: no pictures"]
+    assert capsys.readouterr().err == ""
+    assert ending(monkeypatch, UserError("data P: no pictures"), world="1") == 2
+    assert len(said) == 1
+
+
+# ---- recipes
+
+
+def test_recipes(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cli.main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    from mage_ds import recipes
+
+    for name in recipes.recipe_names():
+        assert recipes.load_recipe(name).description in listed
+        assert cli.main(["recipes", name]) == 0
+        shown = capsys.readouterr().out
+        for leaf in recipes.load_recipe(name).leaves():
+            row = next(line for line in shown.splitlines() if line.startswith(f"{leaf.key} "))
+            assert f" {leaf.kind} " in row
+            assert leaf.meaning.split()[0] in row
+    assert f"{'duration':34}".strip() in shown and "1600 epochs" in shown  # the last one is of the paper
+    assert "Learning rate in force: 0.0012" in shown
