@@ -1,5 +1,8 @@
 """From a plain model to a DeepSpeed engine: everything that is done to a model from outside, in one order."""
 
+import contextlib
+import io
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -37,7 +40,8 @@ def wrap(model: torch.nn.Module, recipe: Recipe, config: dict, device: torch.dev
         for block in _blocks(model):
             block.compile()
     optimizer = optim.adamw(model, recipe.optimizer, recipe.effective_lr())
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # a page of memory figures
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
 

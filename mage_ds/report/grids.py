@@ -71,12 +71,12 @@ def mask_overlay(image: np.ndarray, masked: np.ndarray) -> np.ndarray:
 
 
 def loss_curve(metrics: Path, out: Path) -> None:
-    """Draws every loss in a metrics.jsonl (keys that are or end in `loss`) against the step, as PNG."""
+    """Draws every loss in a metrics.jsonl (keys that end in `loss` or `l1`) against the step, as PNG."""
     curves: dict[str, list] = {}
     for text in Path(metrics).read_text().splitlines():
         record = json.loads(text)
         for key, value in record.items():
-            if key.endswith("loss") and isinstance(value, int | float):
+            if key.endswith(("loss", "l1")) and isinstance(value, int | float):
                 curves.setdefault(key, []).append((record["step"], value))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,8 @@
 """Tasks that only show: the recipes, and what each of their fields says."""
 
+import os
 import shutil
+import sys
 import textwrap
 
 from mage_ds.recipes import load_recipe, recipe_file, recipe_names
@@ -8,34 +10,36 @@ from mage_ds.recipes import load_recipe, recipe_file, recipe_names
 
 def recipes(*, name: str | None = None) -> None:
     """Prints the packaged recipes, or one (by name or path) with the value and meaning of every field."""
-    if name is None:
-        _list()
-    else:
-        _show(name)
+    lines = _list() if name is None else _fields(name)
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader (head, less) has seen enough; Python must not flush again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _list() -> None:
+def _list() -> list[str]:
     rows = [(each, load_recipe(each)) for each in recipe_names()]
     width = max(len(each) for each, _ in rows)
-    for each, recipe in rows:
-        print(f"{each:{width}}  {recipe.task:9}  {recipe.description}")
-    print(f"\nEvery field of one: mage-ds recipes {rows[0][0]}")
+    lines = [f"{each:{width}}  {recipe.task:9}  {recipe.description}" for each, recipe in rows]
+    return [*lines, "", f"Every field of one: mage-ds recipes {rows[0][0]}"]
 
 
-def _show(name: str) -> None:
-    recipe, path = load_recipe(name), recipe_file(name)
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _fields(name: str) -> list[str]:
+    recipe = load_recipe(name)
+    lines = []
+    for line in recipe_file(name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
-        print(line)
-    print()
+        lines.append(line)
+    lines.append("")
     keys = max(len(leaf.key) for leaf in recipe.leaves())
     wide = max(40, shutil.get_terminal_size((160, 24)).columns)
     for leaf in recipe.leaves():
         start = f"{leaf.key:{keys}}  {_text(leaf.value):14}  {leaf.kind:8}  "
-        print(textwrap.fill(start + leaf.meaning, wide, subsequent_indent=" " * min(keys + 28, wide - 30)))
-    print(f"\nLearning rate in force: {recipe.effective_lr():g}")
-    print("identity: must stay as it is when a run is continued; machine: may change. Override: key=value")
+        lines.append(textwrap.fill(start + leaf.meaning, wide, subsequent_indent=" " * min(keys + 28, wide - 30)))
+    lines += ["", f"Learning rate in force: {recipe.effective_lr():g}"]
+    lines.append("identity: must stay as it is when a run is continued; machine: may change. Override: key=value")
+    return lines
 
 
 def _text(value) -> str:

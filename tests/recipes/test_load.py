@@ -151,7 +151,7 @@ def test_schedule():
         ("model.codes=512", ["pretrain_vit_base.yaml model.codes=512", "tokenizer.codes = 1024"]),
         ("model.tokens=64", ["model.tokens = 64", "tokenizer.multipliers", "256 tokens", "inputs.image_size = 256"]),
         ("inputs.image_size=250", ["no whole number of tokens", "inputs.image_size = 250"]),
-        ("tokenizer.channels=40", ["tokenizer.channels = 40", "a multiple of 32"]),
+        ("tokenizer.channels=12", ["tokenizer.channels = 12", "a multiple of 8"]),
         ("task=classify", ["task = classify", "one of tokenizer, pretrain"]),
         ("batch", ["batch: an override is key=value"]),
         ("=3", ["=3: an override is key=value"]),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import deepspeed
 from PIL import Image
@@ -29,7 +30,7 @@ def refuse(*args, **kwargs):
 
 inference.engine = counted
 Image.open = refuse
-for line in open(sys.argv[1]):
+for line in Path(sys.argv[1]).read_text().splitlines():
     calls.update(engine=0, module=0)
     try:
         sample(**json.loads(line))
