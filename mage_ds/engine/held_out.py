@@ -32,12 +32,21 @@ def batches(plan: Plan, catalog: Catalog) -> Iterator[tuple[Batch, torch.Tensor]
 
 
 def shown(plan: Plan, catalog: Catalog, count: int) -> Batch:
-    """`count` pictures to look at (fewer where there are fewer), always the same, alike on all ranks."""
+    """This rank's share of `count` pictures to look at, always the same ones: as many on every rank, so that the
+    forwards on them may be collective; `join` puts what is drawn of them together."""
+    me = process.start()
     chosen = keyed.permutation(plan.recipe.seed, "shown", 0, catalog.n)[:count]
-    source = _open(plan, catalog, chosen, len(chosen))
+    each = -(-len(chosen) // me.world)
+    source = _open(plan, catalog, np.resize(chosen, each * me.world)[me.rank * each :][:each], each)
     batch = next(source)
     source.close()
     return batch
+
+
+def join(drawn: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """name -> uint8 (n, H, W, 3) of every rank's share, in order; the first `count` of each."""
+    shares = process.gather_objects(drawn)
+    return {name: np.concatenate([share[name] for share in shares])[:count] for name in drawn}
 
 
 def _open(plan: Plan, catalog: Catalog, indices: np.ndarray, batch: int) -> dali.Ahead:

@@ -77,9 +77,11 @@ def _join(torch) -> Process:
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     atexit.register(_leave)
 
-    with contextlib.redirect_stdout(io.StringIO()):  # "op built successfully"
+    with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
 
+        # Serves tensor-parallel inference on CPUs alone, and every change of compiler or ninja builds it for a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return Process(rank, world, local_rank, local_world, device, torch.distributed.PrefixStore("mage_ds", store))
 

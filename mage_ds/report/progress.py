@@ -31,6 +31,8 @@ _HIDDEN = {"step", "seconds"}
 
 
 def _rate(images_per_s: float) -> str:
+    if 0 < images_per_s < 1:
+        return f"{1 / images_per_s:.3g} s/image"
     return f"{images_per_s:,.0f} images/s" if images_per_s >= 100 else f"{images_per_s:.3g} images/s"
 
 

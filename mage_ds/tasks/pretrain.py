@@ -186,14 +186,15 @@ def _painter(plan: Plan, catalog, vqgan: Vqgan):
                 torch.ones_like(masked),
                 steps=recipe.sampling.steps,
                 temperature=recipe.sampling.temperature,
-                noise=keyed_noise(recipe.seed, np.arange(len(tokens)), recipe.model.tokens),
+                noise=keyed_noise(recipe.seed, batch.index, recipe.model.tokens),
             )
-            drawn = [pixels(vqgan.detokenize(grid).float()) for grid in (tokens, filled, sampled)]
+            rebuilt, predicted, samples = (pixels(vqgan.detokenize(grid).float()) for grid in (tokens, filled, sampled))
         engine.train()
         originals = batch.images[:, 0].permute(0, 2, 3, 1).cpu().numpy()
-        entries = [("originals", originals), ("reconstructed", drawn[0])]
-        entries += [("masked", grids.mask_overlay(originals, masked.cpu().numpy())), ("predicted", drawn[1])]
-        return grids.rows([*entries, ("samples", drawn[2])])
+        hidden = grids.mask_overlay(originals, masked.cpu().numpy())
+        rows = {"originals": originals, "reconstructed": rebuilt, "masked": hidden}
+        rows |= {"predicted": predicted, "samples": samples}
+        return grids.rows(list(held_out.join(rows, min(_SHOWN, catalog.n)).items()))
 
     return paint
 

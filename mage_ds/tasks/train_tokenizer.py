@@ -148,7 +148,8 @@ def _painter(plan: Plan, catalog):
             drawn, *_ = engine((images.float() / 255).to(plan.dtype))
         engine.train()
         originals = images.permute(0, 2, 3, 1).cpu().numpy()
-        return grids.rows([("originals", originals), ("reconstructed", pixels(drawn.float()))])
+        rows = {"originals": originals, "reconstructed": pixels(drawn.float())}
+        return grids.rows(list(held_out.join(rows, min(_SHOWN, catalog.n)).items()))
 
     return paint
 

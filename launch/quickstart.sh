@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# From nothing to pictures of handwritten digits, set-up included:   bash launch/quickstart.sh [FOLDER]
+#
+# Everything goes to FOLDER (./quickstart). Start it again to go on after an interruption: what is finished is skipped,
+# a training that was stopped continues where it was.
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+OUT=${1:-quickstart}
+PICTURES=256
+[ $# -le 1 ] && [[ $OUT != -* ]] || fail "usage: bash launch/quickstart.sh [FOLDER]"
+OUT=${OUT%/}
+DATA=$OUT/digits TOKENIZER=$OUT/tokenizer MAGE=$OUT/mage SAMPLES=$OUT/samples LOGS=$OUT/logs
+mkdir -p "$LOGS" 2>/dev/null && [ -w "$LOGS" ] || fail "$OUT: cannot be written; name another folder: bash $0 FOLDER"
+
+# says FILE KEY VALUE: exit 0 where the JSON file holds this value. What a stage wrote down counts, not the exit code of
+# `deepspeed`, which is 0 after some failures.
+says() {
+    python -c 'import json, sys
+try:
+    sys.exit(str(json.load(open(sys.argv[1]))[sys.argv[2]]) != sys.argv[3])
+except (OSError, ValueError, KeyError, TypeError):
+    sys.exit(1)' "$@"
+}
+
+prepared() { [ -f "$DATA/prepared.json" ]; }
+tokenizer_trained() { says "$TOKENIZER/status.json" state finished; }
+mage_trained() { says "$MAGE/status.json" state finished; }
+sampled() { says "$SAMPLES/manifest.json" complete True; }
+evaluated() { [ "$SAMPLES/results.json" -nt "$SAMPLES/manifest.json" ]; }
+
+# The accelerators of this machine, or two processes on the CPU's cores. A power of two, which divides the batch.
+count_processes() {
+    local found=0
+    if [ "${DS_ACCELERATOR:-cuda}" = cuda ] && command -v nvidia-smi >/dev/null; then
+        found=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || found=0
+    fi
+    if [ "$found" = 0 ]; then
+        export DS_ACCELERATOR=cpu
+        found=$(python -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
+    fi
+    PROCESSES=1
+    while [ $((2 * PROCESSES)) -le "$found" ]; do PROCESSES=$((2 * PROCESSES)); done
+}
+
+# What mage_ds says reaches the screen; all else, the launcher's lines too, stands in the log only.
+follow() {
+    trap '' INT # Ctrl-C is for the stage, which saves first and says so
+    tee -a "$LOGS/$1.log" | grep --line-buffered -v -e '^\[20[0-9-]* ' -e '^$' || true
+}
+
+# launched NAME ARGUMENTS: `mage-ds ARGUMENTS` by DeepSpeed's launcher, in PROCESSES processes.
+launched() {
+    local name=$1 port
+    shift
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    printf '\n$ %s\n' "deepspeed --num_accelerators $PROCESSES --module mage_ds $*" | tee -a "$LOGS/$name.log"
+    deepspeed --quiet --num_accelerators "$PROCESSES" --master_port "$port" --module mage_ds "$@" \
+        2>>"$LOGS/$name.log" | follow "$name" || true
+}
+
+plain() {
+    local name=$1
+    shift
+    printf '\n$ mage-ds %s\n' "$*" | tee -a "$LOGS/$name.log"
+    python -m mage_ds "$@" 2>>"$LOGS/$name.log" | follow "$name" || true
+}
+
+# run NAME IS_DONE TITLE TIME HOW ARGUMENTS: one stage, unless it is finished.
+run() {
+    local name=$1 done=$2 title=$3 expected=$4 reason
+    shift 4
+    if "$done"; then
+        printf '%-10s finished already\n' "$name"
+        return
+    fi
+    WORKED=yes
+    stage "$title" "$expected"
+    [ -n "${PROCESSES:-}" ] || count_processes
+    "$1" "$name" "${@:2}"
+    [ -z "$STOPPED" ] || fail "stopped; start it again to go on"
+    if ! "$done"; then
+        reason=$(grep -E '^mage-ds: error: |^[A-Za-z.]*(Error|Exception)\b' "$LOGS/$name.log" | tail -n 1) || true
+        fail "$name failed: ${reason:-it ended without a result} (all of it: $LOGS/$name.log)"
+    fi
+}
+
+STOPPED="" WORKED=""
+trap 'STOPPED=yes' INT TERM
+
+began=$SECONDS
+run prepare prepared "making a data set of 1,797 handwritten digits in $DATA" "5 seconds" \
+    plain prepare --sample digits --out "$DATA"
+run tokenizer tokenizer_trained "training the tokenizer: pictures to 4 x 4 tokens and back" "1 minute" \
+    launched train digits_tokenizer --data "$DATA" --out "$TOKENIZER"
+run mage mage_trained "training the MAGE: which tokens belong together" "3 minutes" \
+    launched train digits_mage --data "$DATA" --tokenizer "$TOKENIZER" --out "$MAGE"
+run samples sampled "sampling $PICTURES pictures from nothing" "20 seconds" \
+    launched sample "$MAGE" --num "$PICTURES" --out "$SAMPLES"
+run evaluate evaluated "judging the pictures" "15 seconds" \
+    plain evaluate "$SAMPLES" --reference "$DATA" --metrics readable --run "$MAGE"
+minutes=$(((SECONDS - began) / 60)) seconds=$(((SECONDS - began) % 60))
+if [ -n "$WORKED" ]; then
+    printf '\n== all is done, in %dm%02ds. Look at\n' "$minutes" "$seconds"
+else
+    printf '\n== all is done already. Look at\n'
+fi
+
+newest() { printf '%s\n' "$1"/step_*.png | tail -n 1; }
+
+cat <<SCREEN
+   $SAMPLES/grid.png
+        the $PICTURES samples, unselected
+   $(newest "$TOKENIZER/pictures")
+        the tokenizer: originals, and below them what is left of them in 16 tokens
+   $(newest "$MAGE/pictures")
+        the MAGE: what it saw, what it made of it, and samples
+   $TOKENIZER/pictures/loss.png
+   $MAGE/pictures/loss.png
+        the loss curves; with all figures: tensorboard --logdir $OUT
+   $SAMPLES/results.json
+        how many samples are readable, which digits, and whether they are copies
+
+Next, after   source $VIRTUAL_ENV/bin/activate
+1. a folder of your own pictures (class folders or flat):
+   mage-ds prepare YOUR_FOLDER --out mine && mage-ds train digits_tokenizer --data mine --out mine_tokenizer
+2. the paper's ViT-B at 256 px, two steps of four pictures to see that it runs:
+   mage-ds prepare --sample photos --out photos && mage-ds train pretrain_vit_base batch=4 duration.steps=2 \\
+       --data photos --tokenizer random --out vit_base
+3. the same work in two processes, here more samples (seed 1):
+   deepspeed --num_accelerators 2 --module mage_ds sample $MAGE --num 1024 --seed 1 --out $OUT/more_samples
+SCREEN
