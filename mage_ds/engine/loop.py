@@ -101,7 +101,9 @@ def _step(engine) -> float | None:
         if not math.isfinite(norm):
             for parameter in engine.module.parameters():
                 parameter.grad = None
+            engine.clip_fp32_gradients = lambda: None  # DeepSpeed's raises where no parameter has a gradient
     engine.step()
+    vars(engine).pop("clip_fp32_gradients", None)
     if norm is None:
         norm = float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
     return norm if math.isfinite(norm) else None

@@ -21,7 +21,7 @@ _SIZES = [
     f"tokenizer={{channels: 8, multipliers: [1, 1, 1, 1], blocks: 1, code_dim: 4, codes: {CODES}}}",
     f"model={{encoder: {{depth: 2, width: 15, heads: 3}}, decoder: {{depth: 1, width: 10, heads: 2}}, "
     f"tokens: {TOKENS}, codes: {CODES}, vocabulary: 27, dropout: 0.1, padding: cls}}",
-    "optimizer={base_lr: 0.3, min_lr: 1.0e-3, weight_decay: 0.1, betas: [0.9, 0.95], eps: 1.0e-8, clip: 0.5}",
+    "optimizer={base_lr: 0.3, min_lr: 1.0e-3, weight_decay: 0.1, betas: [0.9, 0.95], eps: 1.0e-8, clip: 0.3}",
     "batch=8",
     "duration.steps=20",
     "warmup.steps=4",
@@ -37,7 +37,9 @@ def recipe(*overrides: str):
 
 
 def tokens_at(position: int) -> np.ndarray:
-    return np.random.default_rng(1000 + position % DATASET).integers(0, CODES, TOKENS, dtype=np.uint8)
+    """Five patterns, so that a few steps already lower the loss."""
+    pattern = position % DATASET % 5
+    return ((np.arange(TOKENS) * (pattern + 1) + 3 * pattern) % CODES).astype(np.uint8)
 
 
 def batch_at(positions: np.ndarray) -> Batch:
@@ -189,7 +191,7 @@ def plain(numbers, steps: int, *, precision: str = "float32", skip=()) -> list[f
             loss, _ = token_loss(model(tokens, masked, keep), tokens, masked, numbers.label_smoothing)
             model.zero_grad()
             loss.sum().div(numbers.batch).backward()
-            total += float(loss.sum()) / numbers.batch
+            total += float(loss.detach().sum()) / numbers.batch
             for name, parameter in model.named_parameters():
                 gradients[name] += parameter.grad.float()
         losses.append(total)
