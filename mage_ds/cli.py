@@ -162,14 +162,19 @@ def _train(args: argparse.Namespace) -> None:
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a MAGE's run")
-    parser.add_argument("--num", type=_count, required=True, metavar="N", help="pictures to make: index 0 to N - 1")
+    # -n: the launcher of DeepSpeed takes --num for one of its own options (before Python 3.12).
+    parser.add_argument(
+        "-n", "--num", type=_count, required=True, metavar="N", help="pictures to make: index 0 to N - 1"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for them; an unfinished one continues")
     parser.add_argument("--steps", type=_count, metavar="T", help="decoding iterations (the recipe's)")
     parser.add_argument(
         "--temperature", type=_number(float, 0), metavar="TAU", help="noise of the choice (the recipe's)"
     )
     parser.add_argument("--seed", type=_number(int, 0), default=0, help="start of the noise (0)")
-    parser.add_argument("--batch", type=_count, default=64, metavar="B", help="pictures computed together (64)")
+    parser.add_argument(
+        "--batch", type=_count, metavar="B", help="pictures computed together (what DIR was begun with; else 64)"
+    )
     parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="which checkpoint (the newest)")
     parser.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of one process (1)")
     parser.add_argument("--round", action="store_true", help="round pixels (the published code truncates them)")
@@ -207,7 +212,8 @@ _VERBS = {
     ),
     "sample": _Verb(
         "make pictures with a trained MAGE",
-        "  mage-ds sample work/mage --num 256 --out work/samples",
+        "  mage-ds sample work/mage --num 256 --out work/samples\n"
+        "  deepspeed --module mage_ds sample work/mage -n 50000 --out work/samples",
         _sample_arguments,
         lambda args: _task("sample", "sample", **vars(args)),
     ),

@@ -126,7 +126,7 @@ def test_other_verbs(calls, front):
         "recipes",
     ):
         assert cli.main([*front, *line.split()]) == 0
-    sample = {"run": "R", "num": 3, "out": "D", "steps": None, "temperature": 0.0, "seed": 0, "batch": 64}
+    sample = {"run": "R", "num": 3, "out": "D", "steps": None, "temperature": 0.0, "seed": 0, "batch": None}
     sample |= {"checkpoint": None, "threads": 2, "round": True}
     evaluate = {"source": "D", "reference": "P", "metrics": ["readable"], "run": "R", "out": None}
     photos = {"src": None, "sample": "photos", "out": "P", "val_fraction": None, "verify": "quick"}
