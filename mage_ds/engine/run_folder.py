@@ -1,5 +1,6 @@
 """A run's folder: opened, refused or resumed; what it logs, saves and says about how it ended."""
 
+import fcntl
 import json
 import os
 import platform
@@ -18,6 +19,8 @@ from mage_ds.report import grids
 from mage_ds.report.progress import Progress
 from mage_ds.report.tensorboard import Board
 
+_locked = None  # the open lock file of the run folder that this process trains in
+_start = None  # what tells this start's status.json from another's
 _VERSIONS = ("torch", "deepspeed", "timm", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -154,12 +157,13 @@ def ending(path: Path):
             write_status(path, "stopped", str(stopped))
         raise
     except BaseException as error:
-        if (path / "recipe.yaml").exists():
+        before = read_status(path)
+        mine = _start is not None and before.get("start") == _start
+        if mine or before.get("state", "running") != "running":  # a running one that is not mine is not touched
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            before = read_status(path).get("state", "running")
             # A start that was refused leaves a finished or stopped run what it is.
-            state = "failed" if before == "running" else before
-            write_status(path, state, reason, exit_code=EXIT_USER if isinstance(error, UserError) else EXIT_BUG)
+            code = EXIT_USER if isinstance(error, UserError) else EXIT_BUG
+            write_status(path, "failed" if mine else before["state"], reason, exit_code=code)
         raise
 
 
@@ -237,26 +241,49 @@ def _brief(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def create(out: Path, recipe: Recipe, facts: dict, config: dict, save_tokenizer) -> None:
+def own(start: str) -> None:
+    """Every rank's share in a start: from here on an error of its is the run's."""
+    global _start
+    _start = start
+
+
+def create(out: Path, recipe: Recipe, facts: dict, config: dict, save_tokenizer) -> str:
     """Write what a run stands on: recipe, configuration, environment, facts and its copy of the tokenizer.
 
-    Called at every start by rank 0: machine fields may have changed.
+    Called at every start by rank 0: machine fields may have changed. Returns what every rank passes to `own`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "facts.json").exists():
+        _lock(out)
+        new = not (out / "recipe.yaml").exists()
+        if new:
             _write_aside(out / "facts.json", json.dumps(facts, indent=1) + "\n")
         _write_aside(out / "ds_config.json", json.dumps(config, indent=1) + "\n")
         _write_aside(out / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        if save_tokenizer is not None and not (out / "tokenizer").exists():
+        if save_tokenizer is not None and new:
             aside = out / ".tokenizer.part"
-            shutil.rmtree(aside, ignore_errors=True)
+            for stale in (aside, out / "tokenizer"):
+                shutil.rmtree(stale, ignore_errors=True)
             save_tokenizer(aside)
             os.rename(aside, out / "tokenizer")
         _write_aside(out / "recipe.yaml", recipes.dump(recipe))  # last: with it the folder is a run folder
-        write_status(out, "running")
+        start = f"{socket.gethostname()} {os.getpid()} {time.time():.3f}"
+        write_status(out, "running", start=start)
+        return start
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another folder") from None
+
+
+def _lock(out: Path) -> None:
+    """Keep other starts out of the folder while this process lives; the lock dies with it, however it dies."""
+    global _locked
+    _locked = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the process lives)
+    try:
+        fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another process is training in it; wait for it or stop it") from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def environment() -> dict:

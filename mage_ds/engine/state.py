@@ -106,8 +106,8 @@ def _plain(parameter) -> bool:
 
 def _set_sharded(parameter, value: torch.Tensor, key: str | None) -> None:
     """ZeRO 3: this rank's slice, padded as DeepSpeed pads (its own setter refuses sizes that do not divide)."""
+    from deepspeed import zero
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-    from deepspeed.zero import GatheredParameters
 
     size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
     padded = torch.zeros(size * torch.distributed.get_world_size(), dtype=value.dtype, device=value.device)
@@ -115,7 +115,7 @@ def _set_sharded(parameter, value: torch.Tensor, key: str | None) -> None:
     mine = padded[size * rank : size * (rank + 1)]
     if key is None:
         safe_set_local_fp32_param(parameter, mine)
-        with GatheredParameters([parameter], modifier_rank=0):
+        with zero.GatheredParameters([parameter], modifier_rank=0):
             if rank == 0:
                 parameter.data.copy_(value)
     else:

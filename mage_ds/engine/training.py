@@ -112,7 +112,8 @@ def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None
     models: by name, with their initial values; save_tokenizer(folder): writes the run's copy of its tokenizer.
     """
     me, recipe, out = process.start(), plan.recipe, plan.options.out
-    process.on_first(lambda: run_folder.create(out, recipe, plan.facts, plan.config, save_tokenizer))
+    start = process.on_first(lambda: run_folder.create(out, recipe, plan.facts, plan.config, save_tokenizer))
+    run_folder.own(start)
     process.log_to_file(out / "logs")
     engines = {name: wrap.wrap(model, recipe, plan.config, me.device) for name, model in models.items()}
     run = Run(out, recipe, plan.facts, steps=plan.steps, dataset=plan.dataset)

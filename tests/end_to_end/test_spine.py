@@ -28,7 +28,7 @@ def samples(mage):
     """Folders of pictures: by one process, by two, in other batches, of another seed."""
     path, _ = mage
     root = path.parent
-    line = ["sample", path, "--num", NUM, "--batch", 4]
+    line = ["sample", path, "-n", NUM, "--batch", 4]  # --num is none for the launcher: it takes it for its own
     mage_ds(*line, "--out", "one", cwd=root)
     run(*line, "--out", "two", cwd=root)
     others = {"five": ("--batch", 5), "whole": ("--batch", 64), "seed": ("--batch", 64, "--seed", 1)}
