@@ -60,9 +60,19 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["format"] != FORMAT:
             raise UserError(f"{folder}: checkpoint format {meta['format']}, this version reads {FORMAT}")
+        if "digest" in meta and meta["digest"] != _digest(meta):
+            raise ValueError("checksum differs")
+        if not {"step", "engines", "files"} <= meta.keys():
+            raise ValueError("incomplete")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/meta.json: {_damaged(folder, error)}") from None
+
+
+def _digest(meta: dict) -> str:
+    """SHA-256 of what `meta.json` says beside this value: a wrong digit in it would be a wrong step."""
+    rest = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path, meta: dict, only: str = "") -> None:
@@ -187,7 +197,8 @@ def save(run: Path, step: int, engines: dict, facts: dict, *, keep: int) -> Path
 
 def _fresh(aside: Path) -> None:
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in aside.parent.glob(".step_*"):  # by a start that was killed while it wrote or pruned
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{aside.parent}: cannot be written ({error.strerror})") from None
@@ -239,12 +250,12 @@ def _publish(aside: Path, final: Path, meta: dict) -> None:
     """Sync the folder, then give it its name: from this moment it is the newest checkpoint."""
     try:
         with open(aside / "meta.json", "w") as file:
-            json.dump(meta, file, indent=1)
+            json.dump({**meta, "digest": _digest(meta)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _sync(aside)
         if final.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(final)
+            _remove(final)
         os.rename(aside, final)
         link = final.parent / ".latest.part"
         link.unlink(missing_ok=True)
@@ -252,15 +263,20 @@ def _publish(aside: Path, final: Path, meta: dict) -> None:
         os.replace(link, final.parent / "latest")  # for people; `find` lists the folder instead
         _sync(final.parent)
     except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{final}: cannot be published ({error}); mend the disk, then start again") from None
 
 
 def _prune(run: Path, keep: int) -> None:
     for step in steps(run)[:-keep]:
-        old = folder_of(run, step)
-        gone = old.with_name(f".{old.name}.gone")
-        os.rename(old, gone)  # never half a checkpoint under a good name
-        shutil.rmtree(gone, ignore_errors=True)
+        _remove(folder_of(run, step))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; never half of one stays under a good name."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -154,9 +154,13 @@ def in_force(path: Path, config: dict, share: Share, *, clip: float | None, prec
     """The configuration for deepspeed.initialize: "auto" filled, contradictions refused.
 
     Gradients accumulate and are reduced in float32 unless the JSON says otherwise: over many micro-batches bf16
-    loses 1 % of a gradient. Raises UserError that names both sides.
+    loses 1 % of a gradient. Any other "auto" leaves the choice to DeepSpeed. Raises UserError that names both sides.
     """
-    config = json.loads(json.dumps(config))
+    for key in ("bf16", "zero_optimization", "data_types"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"{path}: {key} = {config[key]}: must be a block, as in {folder() / (DEFAULT + '.json')}")
+    _check_zero(path, config.get("zero_optimization", {}), precision)
+    config = _without_auto(config)
     own = {
         "train_batch_size": (share.batch, "the recipe's batch"),
         "train_micro_batch_size_per_gpu": (share.micro_batch, "--micro-batch"),
@@ -171,8 +175,7 @@ def in_force(path: Path, config: dict, share: Share, *, clip: float | None, prec
     bf16["enabled"] = precision == "bf16"
     if bf16.get("check_grad_overflow") is False:
         raise UserError(f"{path}: bf16.check_grad_overflow: false lets one NaN reach the weights; remove the key")
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    _check_zero(path, zero, precision)
+    config.setdefault("zero_optimization", {"stage": 0})
     if precision == "bf16":
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         config.setdefault("communication_data_type", "fp32")
@@ -185,7 +188,19 @@ def _agree(path: Path, key: str, theirs, ours, whose: str) -> None:
         raise UserError(f'{path}: {key} = {theirs} contradicts {whose} ({ours}); write "auto" there')
 
 
+def _without_auto(block: dict) -> dict:
+    """A copy without the keys that say "auto", at any depth."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in block.items()
+        if value != "auto"
+    }
+
+
 def _check_zero(path: Path, zero: dict, precision: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage = {stage}: must be 0, 1, 2 or 3")
@@ -194,3 +209,9 @@ def _check_zero(path: Path, zero: dict, precision: str) -> None:
             f"{path}: zero_optimization.stage = 0 with bf16: DeepSpeed's optimizer then makes one update on zero "
             f"gradients at start; choose zero1, or --precision float32"
         )
+    try:
+        DeepSpeedZeroConfig(**_without_auto(zero))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: zero_optimization.{key} = {first['input']}: {first['msg']}") from None

@@ -22,12 +22,13 @@ def activation_bytes(forward: Callable[[], object], model: torch.nn.Module) -> i
 
     Of the plain model: recomputing blocks keeps far less.
     """
-    own = {p.data_ptr() if p.device.type != "meta" else id(p) for p in model.parameters()}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}  # also of their views, as a transpose
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own and not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     held = []

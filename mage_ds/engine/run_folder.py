@@ -138,6 +138,7 @@ class Run:
         if self._first:
             self._board.close()
             self._metrics.close()
+            (self.path / "pictures").mkdir(exist_ok=True)
             grids.loss_curve(self.path / "metrics.jsonl", self.path / "pictures" / "loss.png")
         self._status("finished")
         process.barrier()

@@ -41,7 +41,7 @@ def stages(me) -> dict:
 def one_micro_batch(me) -> dict:
     """Batch 8 as 2 ranks x 4: a test compares it with 1 rank x 2 accumulated."""
     numbers = tiny.recipe()
-    return {stage: tiny.train(tiny.engine_of(numbers, stage), numbers, 20).losses for stage in (0, 1, 3)}
+    return {stage: tiny.train(tiny.engine_of(numbers, stage), numbers, 20).losses for stage in (1, 3)}
 
 
 def poisoned_step(numbers, kind: str, steps, rank: int = 1, micro: int = 0):
@@ -52,8 +52,8 @@ def poisoned_step(numbers, kind: str, steps, rank: int = 1, micro: int = 0):
         for name, loss, logs in pretrain.step_fn(engines, batch, step, recipe=numbers, tokenize=tiny.tokenize):
             seen[step] = seen.get(step, -1) + 1
             if me.rank == rank and step in steps and seen[step] == micro:
-                # inf as a loss; or a finite loss whose gradient is infinite times zero
-                loss = loss * torch.inf if kind == "loss" else loss + torch.sqrt(loss * 0)
+                # a loss of inf with a finite gradient; or a finite loss whose gradient is infinite times zero
+                loss = loss + torch.inf if kind == "loss" else loss + torch.sqrt(loss * 0)
             yield name, loss, logs
 
     return step_fn
@@ -64,20 +64,17 @@ def not_finite(me) -> dict:
     numbers = tiny.recipe("batch=16")
     found = {}
     for (stage, precision), kind in [*((mode, "gradient") for mode in MODES), (MODES[0], "loss"), (MODES[1], "loss")]:
-        states, counts, raw = [], [], []
+        states, counts = [], []
 
-        def hook(engine, states=states, counts=counts, raw=raw):
+        def hook(engine, states=states, counts=counts):
             states.append(tiny.full_state(engine))
             counts.append(state.updates(engine))
-            raw.append([p.detach().clone() for p in engine.module.parameters()])
 
         run = tiny.Recorder(numbers, hook=hook)
         engine = tiny.engine_of(numbers, stage, precision)
         tiny.train(engine, numbers, 4, run, poisoned_step(numbers, kind, [1]))
         found[f"{stage} {precision} {kind}"] = {
             "kept": tiny.equal(states[0], states[1]),
-            "raw kept": all(map(torch.equal, raw[0], raw[1])),
-            "raw shapes": [[list(p.shape) for p in one][:4] for one in raw],
             "moved": not tiny.equal(states[1], states[2]),
             "updates": counts,
             "skipped": run.skipped,
@@ -111,16 +108,16 @@ def save(path: Path, run, engine) -> None:
 
 
 def continued(me) -> dict:
-    """8 steps at once, and 4 + save + load + 4, in files of 2 kB so that both ranks write some."""
+    """6 steps at once, and 3 + save + load + 3, in files of 12 kB so that both ranks write some."""
     numbers, found = tiny.recipe(), {}
-    checkpoint._FILE_BYTES, usual = 2000, checkpoint._FILE_BYTES
-    for stage, precision in ((1, "float32"), (3, "float32"), (1, "bf16"), (3, "bf16"), (2, "float32"), (0, "float32")):
+    checkpoint._FILE_BYTES, usual = 12000, checkpoint._FILE_BYTES
+    for stage, precision in ((1, "float32"), (3, "float32"), (1, "bf16"), (3, "bf16")):
         path = FOLDER / f"continued_{stage}_{precision}"
         engine = tiny.engine_of(numbers, stage, precision)
-        whole = tiny.train(engine, numbers, 8)
+        whole = tiny.train(engine, numbers, 6)
         at_once = tiny.full_state(engine)
         engine = tiny.engine_of(numbers, stage, precision)
-        half = tiny.train(engine, numbers, 4)
+        half = tiny.train(engine, numbers, 3)
         save(path, half, engine)
         left = tiny.full_state(engine)
         engine = tiny.engine_of(numbers, stage, precision)
@@ -131,7 +128,7 @@ def continued(me) -> dict:
             "decays": [group["weight_decay"] for group in engine.optimizer.param_groups],
             "updates": state.updates(engine),
             "whole": whole.losses,
-            "parts": half.losses + tiny.train(engine, numbers, 8, tiny.Recorder(numbers, meta["step"])).losses,
+            "parts": half.losses + tiny.train(engine, numbers, 6, tiny.Recorder(numbers, meta["step"])).losses,
             "same end": tiny.equal(at_once, tiny.full_state(engine)),
             "files": len(meta["files"]),
         }
@@ -173,13 +170,13 @@ def moved_leg(stage: int, start: int, end: int, folder: Path = FOLDER) -> dict:
 def failed_write(me) -> dict:
     """Rank 1's disk is full: both ranks say so, nothing half written stays, the next save works."""
     numbers, path = tiny.recipe(), FOLDER / "failed_write"
-    checkpoint._FILE_BYTES, usual = 2000, checkpoint._FILE_BYTES
+    checkpoint._FILE_BYTES, usual = 12000, checkpoint._FILE_BYTES
     engine, run = tiny.engine_of(numbers, 3), tiny.Recorder(numbers)
+    write, message = checkpoint.save_file, None
     for step in (1, 2):
         tiny.train(engine, numbers, step, run)
-        write, message = checkpoint.save_file, None
 
-        def full(tensors, file, write=write, step=step):
+        def full(tensors, file, step=step):
             if me.rank == 1 and step == 2:
                 raise OSError(28, "No space left on device")
             write(tensors, file)
@@ -228,21 +225,20 @@ def accumulated(me) -> dict:
         process.sum_over_ranks(value)
     scale = torch.cat([value.flatten() for value in exact.values()]).norm()
     found = {}
-    for stage in (1, 2, 3):
-        for form in ("default", "bf16"):
-            blocks = {} if form == "default" else {"data_types": {"grad_accum_dtype": "bf16"}}
-            engine = tiny.engine_of(numbers, stage, "bf16", **blocks)
-            stream, error = tiny.Stream(numbers, me.rank, me.world, 0), 0.0
-            for micro in range(64):
-                ((_, loss, _),) = step_fn({"mage": engine}, next(stream), 0)
-                engine.backward(loss)
-                if micro < 63:
-                    engine.step()
-            for name, parameter in engine.module.named_parameters():
-                value = safe_get_full_grad(parameter)
-                error += float((value.double().reshape(exact[name].shape) - exact[name]).square().sum())
-            found[f"{stage} {form}"] = error**0.5 / float(scale)
-            engine.step()
+    for stage, form in ((1, "default"), (3, "default"), (1, "bf16")):
+        blocks = {} if form == "default" else {"data_types": {"grad_accum_dtype": "bf16"}}
+        engine = tiny.engine_of(numbers, stage, "bf16", **blocks)
+        stream, error = tiny.Stream(numbers, me.rank, me.world, 0), 0.0
+        for micro in range(64):
+            ((_, loss, _),) = step_fn({"mage": engine}, next(stream), 0)
+            engine.backward(loss)
+            if micro < 63:
+                engine.step()
+        for name, parameter in engine.module.named_parameters():
+            value = safe_get_full_grad(parameter)
+            error += float((value.double().reshape(exact[name].shape) - exact[name]).square().sum())
+        found[f"{stage} {form}"] = error**0.5 / float(scale)
+        engine.step()
     return found
 
 
@@ -296,7 +292,7 @@ SCENARIOS = [
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(240, exit=True)
+    faulthandler.dump_traceback_later(400, exit=True)
     me = process.start(threads=1)
     found = {}
     try:

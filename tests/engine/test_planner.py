@@ -1,0 +1,101 @@
+"""Operations and memory of an image, against counts by hand and the published figures."""
+
+import psutil
+import pytest
+import torch
+
+from mage_ds import recipes
+from mage_ds.engine import planner
+from mage_ds.models import Mage, Vqgan
+from mage_ds.models.masking import masks
+from mage_ds.tasks import pretrain
+
+
+def outline(numbers):
+    with torch.device("meta"):
+        return Mage(**numbers.model.model_dump())
+
+
+def block_flops(length: int, width: int) -> int:
+    """qkv, projection and MLP have 12 width^2 weights; queries times keys and weights times values."""
+    return 2 * length * 12 * width**2 + 2 * 2 * length**2 * width
+
+
+def test_forward_flops_of_a_product():
+    a, b = torch.ones(3, 5, device="meta"), torch.ones(5, 7, device="meta")
+    assert planner.forward_flops(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+def test_flops_of_vit_base():
+    numbers = recipes.load_recipe("pretrain_vit_base", ["model.vocabulary=2025"])
+    forward = planner.forward_flops(lambda: outline(numbers)(*pretrain._inputs_on_meta(numbers)))
+    encoder, decoder = numbers.model.encoder, numbers.model.decoder
+    by_hand = encoder.depth * block_flops(129, encoder.width) + decoder.depth * block_flops(257, decoder.width)
+    by_hand += 2 * 129 * encoder.width * decoder.width  # into the decoder
+    by_hand += 2 * 256 * decoder.width * encoder.width + 2 * 256 * encoder.width * 1024  # the head, over the codes
+    assert forward == pytest.approx(by_hand, rel=1e-3)
+    # Counted on the published code, whose head predicts all 2025 words at 257 places; backward is twice forward.
+    published_head = 2 * 257 * encoder.width * 2025 - 2 * 256 * encoder.width * 1024
+    assert forward + published_head == pytest.approx(54.5e9, rel=0.005)
+    assert 3 * (forward + published_head) == pytest.approx(162.7e9, rel=0.01)
+
+
+def test_flops_of_the_tokenizer():
+    numbers = recipes.load_recipe("pretrain_vit_base")
+    with torch.device("meta"):
+        vqgan = Vqgan(**numbers.tokenizer.model_dump())
+    picture = torch.zeros(1, 3, 256, 256, device="meta")
+    assert planner.forward_flops(lambda: vqgan.encode(picture)) == pytest.approx(128.8e9, rel=0.01)
+
+
+def test_a_training_step_counts_forward_backward_and_tokenizer():
+    numbers = recipes.load_recipe("pretrain_vit_base", ["model.vocabulary=2025"])
+    step = pretrain._flops_per_image(outline(numbers), numbers)
+    assert step == pytest.approx(162.7e9 + 128.8e9, rel=0.01)
+
+
+def kept(numbers, batch: int = 1) -> int:
+    model = outline(numbers)
+    tokens = torch.zeros(batch, numbers.model.tokens, dtype=torch.int64, device="meta")
+    noise = torch.zeros(batch, numbers.model.tokens, dtype=torch.float64, device="meta")
+    ratio = torch.zeros(batch, dtype=torch.float64, device="meta")
+    masked, keep = masks(noise, ratio, numbers.masking.drop)
+    return planner.activation_bytes(lambda: model(tokens, masked, keep), model)
+
+
+def test_activations_of_a_product():
+    """The input (3, 5) is kept for the weight's gradient; the weight itself is not counted, nor is its transpose."""
+    layer = torch.nn.Linear(5, 7, bias=False, device="meta")
+    x = torch.ones(3, 5, device="meta", requires_grad=True)
+    assert planner.activation_bytes(lambda: layer(x), layer) == 3 * 5 * 4
+    layer, x = torch.nn.Linear(5, 7, bias=False), torch.ones(3, 5, requires_grad=True)
+    assert planner.activation_bytes(lambda: layer(x), layer) == 3 * 5 * 4
+
+
+def test_activations_grow_with_depth_and_batch():
+    def depth(n):
+        return kept(recipes.load_recipe("pretrain_vit_base", [f"model.encoder={{depth: {n}, width: 768, heads: 12}}"]))
+
+    two, four, six = depth(2), depth(4), depth(6)
+    assert six - four == four - two > 0
+    # 129 tokens of a block of 768: at least its input, norms, qkv, attention output, MLP in and out, in float32.
+    assert (four - two) / 2 > 129 * 768 * 4 * (1 + 1 + 3 + 1 + 1 + 4 + 4)
+    assert (four - two) / 2 < 3 * 129 * 768 * 4 * 20
+
+
+def test_activations_grow_with_the_batch_and_hold_no_weights():
+    numbers = recipes.load_recipe("pretrain_vit_base")
+    one, two, three = (kept(numbers, batch) for batch in (1, 2, 3))
+    assert one == pytest.approx(three - two, rel=0.1)
+    constant = two - 2 * (three - two)  # the code vectors
+    assert 0 <= constant < 0.02 * 4 * sum(p.numel() for p in outline(numbers).parameters())
+
+
+def test_largest_micro_batch(monkeypatch):
+    memory = type("memory", (), {"total": 16 * 2**30})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    cpu = torch.device("cpu")
+    assert planner.largest_micro_batch(2**30, cpu, 1) == 8  # half of the memory
+    assert planner.largest_micro_batch(2**30, cpu, 2) == 4
+    assert planner.largest_micro_batch(2**40, cpu, 1) == 1  # one has to be tried
+    assert planner.largest_micro_batch(1, cpu, 1) == 32  # more would gain nothing
