@@ -60,7 +60,7 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["format"] != FORMAT:
             raise UserError(f"{folder}: checkpoint format {meta['format']}, this version reads {FORMAT}")
-        if "digest" in meta and meta["digest"] != _digest(meta):
+        if meta.get("digest") != _digest(meta):
             raise ValueError("checksum differs")
         if not {"step", "engines", "files"} <= meta.keys():
             raise ValueError("incomplete")

@@ -41,7 +41,9 @@ def make_run(path: Path):
     save_file(dict(mage.state_dict()), file)
     data = file.read_bytes()
     files = {file.name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-    (folder / "meta.json").write_text(json.dumps({"format": 1, "step": 7, "engines": {"mage": {}}, "files": files}))
+    meta = {"format": 1, "step": 7, "engines": {"mage": {}}, "files": files}
+    meta["digest"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
     stored.save_tokenizer(path / "tokenizer", vqgan, recipe.tokenizer.model_dump(), 16)
     (path / "recipe.yaml").write_text(recipes.dump(recipe))
     return mage.eval(), vqgan.eval()
