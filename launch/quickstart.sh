@@ -76,11 +76,12 @@ run() {
     fi
     WORKED=yes
     stage "$title" "$expected"
+    : >"$LOGS/$name.log"
     [ -n "${PROCESSES:-}" ] || count_processes
     "$1" "$name" "${@:2}"
-    [ -z "$STOPPED" ] || fail "stopped; start it again to go on"
+    [ -z "$STOPPED" ] || fail "stopped; start it again to go on (log: $LOGS/$name.log)"
     if ! "$done"; then
-        reason=$(grep -E '^mage-ds: error: |^[A-Za-z.]*(Error|Exception)\b' "$LOGS/$name.log" | tail -n 1) || true
+        reason=$(grep -E '^[a-z-]+: error: |^[A-Za-z.]*(Error|Exception)\b' "$LOGS/$name.log" | tail -n 1) || true
         fail "$name failed: ${reason:-it ended without a result} (all of it: $LOGS/$name.log)"
     fi
 }
@@ -96,7 +97,7 @@ run tokenizer tokenizer_trained "training the tokenizer: pictures to 4 x 4 token
 run mage mage_trained "training the MAGE: which tokens belong together" "3 minutes" \
     launched train digits_mage --data "$DATA" --tokenizer "$TOKENIZER" --out "$MAGE"
 run samples sampled "sampling $PICTURES pictures from nothing" "20 seconds" \
-    launched sample "$MAGE" --num "$PICTURES" --out "$SAMPLES"
+    launched sample "$MAGE" -n "$PICTURES" --out "$SAMPLES"
 run evaluate evaluated "judging the pictures" "15 seconds" \
     plain evaluate "$SAMPLES" --reference "$DATA" --metrics readable --run "$MAGE"
 minutes=$(((SECONDS - began) / 60)) seconds=$(((SECONDS - began) % 60))
@@ -128,5 +129,5 @@ Next, after   source $VIRTUAL_ENV/bin/activate
    mage-ds prepare --sample photos --out photos && mage-ds train pretrain_vit_base batch=4 duration.steps=2 \\
        --data photos --tokenizer random --out vit_base
 3. the same work in two processes, here more samples (seed 1):
-   deepspeed --num_accelerators 2 --module mage_ds sample $MAGE --num 1024 --seed 1 --out $OUT/more_samples
+   deepspeed --num_accelerators 2 --module mage_ds sample $MAGE -n 1024 --seed 1 --out $OUT/more_samples
 SCREEN

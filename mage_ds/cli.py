@@ -5,6 +5,7 @@ Exit codes: 0, 2 (the user can mend it), 75 (stopped by a signal after saving), 
 
 import argparse
 import importlib
+import math
 import os
 import sys
 import traceback
@@ -93,9 +94,9 @@ def _number(kind: type, low: float, high: float | None = None) -> Callable[[str]
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= (float("inf") if high is None else high):
-            limits = f"at least {low}" if high is None else f"from {low} to {high}"
-            noun = "whole number" if kind is int else "number"
+        if value is None or not low <= value < math.inf or (high is not None and value > high):
+            limits = f"at least {low}" if high is None else f"from {low} to {high:,}"
+            noun = "whole number" if kind is int else "finite number"
             raise argparse.ArgumentTypeError(f"{text}: must be a {noun} {limits}")
         return value
 
@@ -176,7 +177,9 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=_count, metavar="B", help="pictures computed together (what DIR was begun with; else 64)"
     )
     parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="which checkpoint (the newest)")
-    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="CPU threads of one process (1)")
+    parser.add_argument(
+        "--threads", type=_number(int, 1, 1024), default=1, metavar="N", help="CPU threads of one process (1)"
+    )
     parser.add_argument("--round", action="store_true", help="round pixels (the published code truncates them)")
 
 

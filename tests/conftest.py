@@ -4,7 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch; child processes inherit it
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,20 +36,18 @@ def mage_ds(*argv, cwd=None, code: int | None = 0) -> subprocess.CompletedProces
 def several(*lines: list, cwd: Path) -> list[tuple[int, str, str]]:
     """Command lines one after the other in one process, which imports torch once: (exit code, stdout, stderr)."""
     program = (
-        "import contextlib, io, json, sys\n"
+        "import json, sys\n"
         "from mage_ds.cli import main\n"
         "for line in json.loads(sys.argv[1]):\n"
-        "    out, err = io.StringIO(), io.StringIO()\n"
-        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
-        "        code = main(line)\n"
-        "    print('RESULT ' + json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)"
+        "    code = main(line)\n"
+        "    for stream in (sys.stdout, sys.stderr): print(f'RESULT {code}', file=stream, flush=True)"
     )
     words = json.dumps([[str(word) for word in line] for line in lines])
     line = [sys.executable, "-c", program, words]
     done = subprocess.run(line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(r.removeprefix("RESULT ")) for r in done.stdout.splitlines() if r.startswith("RESULT ")]
-    return [tuple(result) for result in results]
+    assert done.returncode == 0, done.stdout + done.stderr
+    out, err = (re.split(r"^RESULT (\d+)\n", text, flags=re.MULTILINE) for text in (done.stdout, done.stderr))
+    return [(int(code), said, wrong) for said, code, wrong in zip(out[::2], out[1::2], err[::2], strict=False)]
 
 
 class Launch:
