@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mage_ds import cli
+from mage_ds import cli, recipes
 from mage_ds.errors import Stopped, UserError
 
 VERBS = ("prepare", "train", "sample", "evaluate", "recipes")
@@ -112,7 +112,7 @@ def test_train_tokenizer(calls):
     assert (module, function) == ("train_tokenizer", "train_tokenizer")
     recipe = given.pop("recipe")
     assert given == {"data": "P", "out": "R", "deepspeed_config": None, "resume": "never", "extend": True}
-    assert (recipe.machine.precision, recipe.machine.micro_batch) == ("auto", "auto")
+    assert recipe == recipes.load_recipe("digits_tokenizer")
 
 
 @pytest.mark.parametrize("front", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"], []])

@@ -123,12 +123,14 @@ def load_weights(run: Path, engine: str, step: int | None = None) -> tuple[dict[
     return dict(read_tensors(folder, meta, f"{engine}.weight.")), meta
 
 
-def load(folder: Path, engines: dict) -> dict:
+def load(folder: Path, engines: dict, meta: dict | None = None) -> dict:
     """Set every engine to the checkpoint's state, on any world size and stage; returns meta. All ranks call it.
+
+    meta: what `verified` returned, where it has been called already.
 
     Raises UserError where a file is damaged or the parameters' names or shapes differ.
     """
-    meta = process.on_first(lambda: _verified(folder))
+    meta = meta or process.on_first(lambda: verified(folder))
     for name, engine in engines.items():
         if name not in meta["engines"]:
             raise UserError(f"{folder}: holds no engine {name!r}, only {', '.join(meta['engines'])}")
@@ -141,7 +143,8 @@ def load(folder: Path, engines: dict) -> dict:
     return meta
 
 
-def _verified(folder: Path) -> dict:
+def verified(folder: Path) -> dict:
+    """The checkpoint's meta, after all its files have been compared with it. Raises UserError on damage."""
     meta = read_meta(folder)
     verify(folder, meta)
     return meta

@@ -7,7 +7,7 @@ import platform
 import shutil
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -44,10 +44,13 @@ class Run:
 
     # --- starting --------------------------------------------------------------------------------------------
 
-    def resume(self, engines: dict, folder: Path | None) -> None:
-        """Set the engines to a checkpoint (None: start at step 0) and drop what was logged after it."""
+    def resume(self, engines: dict, folder: Path | None, meta: dict | None = None) -> None:
+        """Set the engines to a checkpoint (None: start at step 0) and drop what was logged after it.
+
+        meta: the checkpoint's, where its files have been verified already.
+        """
         if folder is not None:
-            meta = checkpoint.load(folder, engines)
+            meta = checkpoint.load(folder, engines, meta)
             self.step = self.saved = meta["step"]
             self.skipped = meta["skipped"]
             process.say(f"resumed {self.path} at step {self.step} from {folder.name}")
@@ -160,11 +163,12 @@ def ending(path: Path):
     except BaseException as error:
         before = read_status(path)
         mine = _start is not None and before.get("start") == _start
-        if mine or before.get("state", "running") != "running":  # a running one that is not mine is not touched
+        first = "exit_code" not in before or not mine  # of several ranks the one that failed first says why
+        if first and before and (mine or not _busy(path)):
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             # A start that was refused leaves a finished or stopped run what it is.
-            code = EXIT_USER if isinstance(error, UserError) else EXIT_BUG
-            write_status(path, "failed" if mine else before["state"], reason, exit_code=code)
+            state = "failed" if mine or before.get("state") == "running" else before["state"]
+            write_status(path, state, reason, exit_code=EXIT_USER if isinstance(error, UserError) else EXIT_BUG)
         raise
 
 
@@ -202,7 +206,7 @@ def choose_start(out: Path, recipe: Recipe, facts: dict, resume: str, extend: bo
         if strange or (out.exists() and not out.is_dir()):
             raise UserError(f"--out {out}: exists and is no run folder; choose an empty or new folder")
         if resume not in ("auto", "never"):
-            raise UserError(f"--resume {resume}: {out} is no run folder")
+            raise UserError(f"--resume {resume}: {out} is no run folder yet; leave --resume out")
         return None
     if resume == "never":
         raise UserError(f"--out {out}: already holds a run; choose another folder, or --resume auto")
@@ -210,7 +214,7 @@ def choose_start(out: Path, recipe: Recipe, facts: dict, resume: str, extend: bo
     if resume != "auto":
         folder = Path(resume)
         if folder.resolve().parent != (out / "checkpoints").resolve() or not (folder / "meta.json").exists():
-            raise UserError(f"--resume {resume}: is no checkpoint folder of {out}/checkpoints")
+            raise UserError(f"--resume {resume}: must be auto, never or a checkpoint folder in {out}/checkpoints")
         return folder
     return checkpoint.find(out) if checkpoint.steps(out) else None
 
@@ -278,13 +282,30 @@ def create(out: Path, recipe: Recipe, facts: dict, config: dict, save_tokenizer)
 def _lock(out: Path) -> None:
     """Keep other starts out of the folder while this process lives; the lock dies with it, however it dies."""
     global _locked
-    _locked = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the process lives)
+    if _busy(out):
+        raise UserError(f"--out {out}: another process is training in it; wait for it or stop it")
+    if not _is_mine(out):
+        _locked = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the process lives)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_mine(out: Path) -> bool:
+    return _locked is not None and not _locked.closed and Path(_locked.name) == out / ".lock"
+
+
+def _busy(out: Path) -> bool:
+    """Whether another living process holds the run folder."""
+    if _is_mine(out):
+        return False
     try:
-        fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(out / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"--out {out}: another process is training in it; wait for it or stop it") from None
-    except OSError:
-        pass  # a file system without locks
+        return True
+    except OSError:  # no lock file yet, or no locks
+        pass
+    return False
 
 
 def environment() -> dict:

@@ -60,7 +60,10 @@ def load_tokenizer(path: Path, step: int | None = None) -> tuple[Vqgan, dict]:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{path}: damaged tokenizer folder ({error}); copy it again") from None
     else:
-        raise UserError(f"--tokenizer {path}: neither a tokenizer's run folder nor a tokenizer folder")
+        raise UserError(
+            f"--tokenizer {path}: neither a tokenizer's run folder nor a tokenizer folder; train one with "
+            "`mage-ds train digits_tokenizer`, or give `random` to try a machine"
+        )
     try:
         model = Vqgan(**info["model"])
         model.load_state_dict(weights)

@@ -79,8 +79,8 @@ def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest
     source = process.on_first(
         lambda: run_folder.choose_start(options.out, recipe, facts, options.resume, options.extend)
     )
-    recipe = _same_micro_batch(recipe, options.out, me.world)
-    share = ds_config.share(recipe, me.world, largest() if recipe.machine.micro_batch == "auto" else 0)
+    exact = _same_micro_batch(recipe, options.out, me.world)
+    share = ds_config.share(exact, me.world, largest() if exact.machine.micro_batch == "auto" else 0)
     config = ds_config.in_force(path, config, share, clip=recipe.optimizer.clip, precision=precision)
     return Plan(recipe, options, precision, share, config, steps, warmup, dataset, facts, source)
 
@@ -112,12 +112,12 @@ def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None
     models: by name, with their initial values; save_tokenizer(folder): writes the run's copy of its tokenizer.
     """
     me, recipe, out = process.start(), plan.recipe, plan.options.out
-    start = process.on_first(lambda: run_folder.create(out, recipe, plan.facts, plan.config, save_tokenizer))
+    start, meta = process.on_first(partial(_claim, plan, save_tokenizer))
     run_folder.own(start)
     process.log_to_file(out / "logs")
     engines = {name: wrap.wrap(model, recipe, plan.config, me.device) for name, model in models.items()}
     run = Run(out, recipe, plan.facts, steps=plan.steps, dataset=plan.dataset)
-    run.resume(engines, plan.source)
+    run.resume(engines, plan.source, meta)
     _announce(plan, models)
     peak = peak_flops(me.device, plan.dtype) * me.world
     run.begin(flops_per_image=flops_per_image, peak_flops=peak)
@@ -130,6 +130,12 @@ def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None
     )
     limits = Limits(plan.steps, plan.share.accumulation, recipe.report.max_skipped)
     return Training(run, engines, dict.fromkeys(models, lr), limits)
+
+
+def _claim(plan: Plan, save_tokenizer) -> tuple[str, dict | None]:
+    """Rank 0's part: first verify the checkpoint, so that a damaged one leaves the folder as it is."""
+    meta = checkpoint.verified(plan.source) if plan.source else None
+    return run_folder.create(plan.options.out, plan.recipe, plan.facts, plan.config, save_tokenizer), meta
 
 
 def _announce(plan: Plan, models: dict[str, torch.nn.Module]) -> None:

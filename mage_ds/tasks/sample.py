@@ -17,6 +17,7 @@ from mage_ds.sampling.tiles import mine, tiles
 
 _SOME = 16  # pictures that the detokenizer makes at once: at 256 px each of its activations takes 34 MB a picture
 _BATCH = 64
+_MOST = 2**31 - 1
 _SAY_EVERY_S = 10
 
 
@@ -49,8 +50,8 @@ def sample(
     least = {"num": 1, "batch": 1, "threads": 1, "steps": 1, "temperature": 0}
     given = {"num": num, "batch": batch, "threads": threads, "steps": steps, "temperature": temperature}
     for name, value in given.items():
-        if value is not None and not least[name] <= value < 2**31:
-            raise UserError(f"--{name} {value}: must be at least {least[name]}")
+        if value is not None and not least[name] <= value <= _MOST:
+            raise UserError(f"--{name} {value}: must be from {least[name]} to {_MOST:,}")
     paint, settings = _load(run, checkpoint, steps, temperature, seed, round)
     if batch is None:
         before = process.on_first(lambda: pictures.read_manifest(out)) or {}

@@ -1,6 +1,7 @@
 """A run's folder: what is refused, what is continued, what is rewound, and how an end is written down."""
 
 import fcntl
+import hashlib
 import json
 import shutil
 from functools import partial
@@ -24,8 +25,13 @@ def out(me, tmp_path):
     for step in (3, 12):
         folder = checkpoint.folder_of(out, step)
         folder.mkdir(parents=True)
-        (folder / "meta.json").write_text(json.dumps({"format": 1, "step": step, "engines": {}, "files": {}}))
+        meta = signed({"format": 1, "step": step, "engines": {}, "files": {}})
+        (folder / "meta.json").write_text(json.dumps(meta))
     return out
+
+
+def signed(meta: dict) -> dict:
+    return {**meta, "digest": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
 def save_tokenizer(folder, text="A"):
@@ -92,7 +98,7 @@ def test_never_and_paths(out, tmp_path):
     with pytest.raises(UserError, match=r"already holds a run; .*--resume auto"):
         start(out, resume="never")
     for path in (tmp_path, out, checkpoint.folder_of(out, 4), out / "checkpoints" / "nowhere"):
-        with pytest.raises(UserError, match=r"--resume .*is no checkpoint folder"):
+        with pytest.raises(UserError, match=r"--resume .*must be auto, never or a checkpoint folder"):
             start(out, resume=str(path))
     with pytest.raises(UserError, match=r"--resume .*is no run folder"):
         start(tmp_path / "new", resume=str(checkpoint.folder_of(out, 3)))
@@ -248,11 +254,16 @@ def test_a_refused_start_leaves_the_state(out, before):
     assert (status["state"], status["reason"], status["step"]) == (before, "--data: differs", 20)
 
 
-def test_an_error_of_another_start_leaves_a_running_run_alone(out):
+@pytest.mark.parametrize(("alive", "state"), [(True, "running"), (False, "failed")])
+def test_an_error_of_another_start_leaves_a_running_run_alone(out, alive, state):
     run_folder.own("another start")
-    with pytest.raises(UserError), run_folder.ending(out):
-        raise UserError("--data: differs")
-    assert run_folder.read_status(out)["state"] == "running"
+    run_folder._locked.close()
+    with open(out / ".lock") as other:
+        if alive:  # else a kill left the word "running" behind
+            fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError), run_folder.ending(out):
+            raise UserError("--data: differs")
+    assert run_folder.read_status(out)["state"] == state
 
 
 def test_one_start_at_a_time(out):
@@ -298,7 +309,7 @@ def test_a_finished_run_is_done(out):
     assert not plan(out).done
     checkpoint.folder_of(out, 12).rename(checkpoint.folder_of(out, 20))
     meta = {"format": 1, "step": 20, "engines": {}, "files": {}}
-    (checkpoint.folder_of(out, 20) / "meta.json").write_text(json.dumps(meta))
+    (checkpoint.folder_of(out, 20) / "meta.json").write_text(json.dumps(signed(meta)))
     assert plan(out).done
     assert not plan(out, "duration.steps=21", extend=True).done
 
