@@ -92,9 +92,9 @@ trap 'STOPPED=yes' INT TERM
 began=$SECONDS
 run prepare prepared "making a data set of 1,797 handwritten digits in $DATA" "5 seconds" \
     plain prepare --sample digits --out "$DATA"
-run tokenizer tokenizer_trained "training the tokenizer: pictures to 4 x 4 tokens and back" "1 minute" \
+run tokenizer tokenizer_trained "training the tokenizer: pictures to 4 x 4 tokens and back" "1 minute on 2 cores" \
     launched train digits_tokenizer --data "$DATA" --out "$TOKENIZER"
-run mage mage_trained "training the MAGE: which tokens belong together" "3 minutes" \
+run mage mage_trained "training the MAGE: which tokens belong together" "3 minutes on 2 cores" \
     launched train digits_mage --data "$DATA" --tokenizer "$TOKENIZER" --out "$MAGE"
 run samples sampled "sampling $PICTURES pictures from nothing" "20 seconds" \
     launched sample "$MAGE" -n "$PICTURES" --out "$SAMPLES"

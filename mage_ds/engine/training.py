@@ -151,9 +151,14 @@ def _announce(plan: Plan, models: dict[str, torch.nn.Module]) -> None:
 
 
 def frozen(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
-    """A frozen model beside the engine: on the device, in the run's number format, convolutions channels last."""
-    model = model.to(process.start().device, plan.dtype).requires_grad_(False).eval()
-    return model.to(memory_format=torch.channels_last)
+    """A frozen model beside the engine: on the device and in the run's number format.
+
+    Convolutions are laid out channels last on a GPU; on a CPU that gains 12 % at the paper's size, but halves the
+    speed of a small model in bf16.
+    """
+    device = process.start().device
+    model = model.to(device, plan.dtype).requires_grad_(False).eval()
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
 def stream(plan: Plan, catalog: Catalog) -> Callable[[int], dali.Ahead]:

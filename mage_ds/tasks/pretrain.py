@@ -107,7 +107,7 @@ def tokenize(vqgan: Vqgan, images: torch.Tensor) -> torch.Tensor:
     """Pictures uint8 (B, 3, H, W) -> tokens int64 (B, N), by a frozen tokenizer in its own number format."""
     dtype = vqgan.quantize.embedding.weight.dtype
     with torch.no_grad():
-        return vqgan.tokenize((images.float() / 255).to(dtype, memory_format=torch.channels_last))
+        return vqgan.tokenize((images.float() / 255).to(dtype))
 
 
 def draw_masks(recipe: PretrainRecipe, index: np.ndarray, epoch: np.ndarray, device, purpose: str = "mask"):
