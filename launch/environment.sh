@@ -29,11 +29,10 @@ find_python() {
 }
 
 # Debian packages: a C++ compiler and Python's headers (DeepSpeed and torch compile small extensions when they are
-# first used), ffmpeg (movies), and what makes a virtual environment.
+# first used), and what makes a virtual environment.
 missing_packages() {
     local python=$1
     command -v g++ >/dev/null || echo g++
-    command -v ffmpeg >/dev/null || echo ffmpeg
     if [ -z "$python" ]; then
         echo python3 python3-venv python3-dev
         return

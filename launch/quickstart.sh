@@ -26,7 +26,8 @@ except (OSError, ValueError, KeyError, TypeError):
 prepared() { [ -f "$DATA/prepared.json" ]; }
 tokenizer_trained() { says "$TOKENIZER/status.json" state finished; }
 mage_trained() { says "$MAGE/status.json" state finished; }
-sampled() { says "$SAMPLES/manifest.json" complete True; }
+# Samples of an older training do not count: `sample` then says what differs.
+sampled() { says "$SAMPLES/manifest.json" complete True && [ "$SAMPLES/manifest.json" -nt "$MAGE/checkpoints/latest/meta.json" ]; }
 evaluated() { [ "$SAMPLES/results.json" -nt "$SAMPLES/manifest.json" ]; }
 
 # The accelerators of this machine, or two processes on the CPU's cores. A power of two, which divides the batch.
@@ -107,6 +108,9 @@ else
     printf '\n== all is done already. Look at\n'
 fi
 
+[ -n "${PROCESSES:-}" ] || count_processes
+SEVERAL=$PROCESSES
+if [ "${DS_ACCELERATOR:-}" = cpu ]; then SEVERAL=2; fi
 newest() { printf '%s\n' "$1"/step_*.png | tail -n 1; }
 
 cat <<SCREEN
@@ -128,6 +132,6 @@ Next, after   source $VIRTUAL_ENV/bin/activate
 2. the paper's ViT-B at 256 px, two steps of four pictures to see that it runs:
    mage-ds prepare --sample photos --out photos && mage-ds train pretrain_vit_base batch=4 duration.steps=2 \\
        --data photos --tokenizer random --out vit_base
-3. the same work in two processes, here more samples (seed 1):
-   deepspeed --num_accelerators 2 --module mage_ds sample $MAGE -n 1024 --seed 1 --out $OUT/more_samples
+3. the same work in $SEVERAL processes, here more samples (seed 1):
+   deepspeed --num_accelerators $SEVERAL --module mage_ds sample $MAGE -n 1024 --seed 1 --out $OUT/more_samples
 SCREEN

@@ -209,7 +209,7 @@ _VERBS = {
         "train a tokenizer or a MAGE by a recipe",
         "  mage-ds train digits_tokenizer --data work/digits --out work/tokenizer\n"
         "  deepspeed --module mage_ds train pretrain_vit_base batch=1024 duration.epochs=400 \\\n"
-        "      --data IMAGENET --tokenizer work/tokenizer --out work/vit_base --deepspeed_config zero2",
+        "      --data IMAGENET --tokenizer TOKENIZER --out work/vit_base --deepspeed_config zero2",
         _train_arguments,
         _train,
     ),

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -194,7 +195,7 @@ def save(run: Path, step: int, engines: dict, facts: dict, *, keep: int) -> Path
     for files, _ in outcomes:
         meta["files"].update(files)
     process.on_first(lambda: _publish(aside, final, meta))
-    process.on_first(lambda: _prune(run, keep))
+    process.on_first(lambda: _prune(run, step, keep))
     return final
 
 
@@ -260,19 +261,24 @@ def _publish(aside: Path, final: Path, meta: dict) -> None:
         if final.exists():  # the same step again, after a resume from an older checkpoint
             _remove(final)
         os.rename(aside, final)
-        link = final.parent / ".latest.part"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        os.replace(link, final.parent / "latest")  # for people; `find` lists the folder instead
         _sync(final.parent)
+        with suppress(OSError):  # for people, where links exist; `find` lists the folder instead
+            link = final.parent / ".latest.part"
+            link.unlink(missing_ok=True)
+            link.symlink_to(final.name)
+            os.replace(link, final.parent / "latest")
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{final}: cannot be published ({error}); mend the disk, then start again") from None
 
 
-def _prune(run: Path, keep: int) -> None:
-    for step in steps(run)[:-keep]:
-        _remove(folder_of(run, step))
+def _prune(run: Path, saved: int, keep: int) -> None:
+    """Keep the newest. What lies beyond `saved` was left behind by a resume from an older checkpoint: the next
+    start must not take it for this run's."""
+    known = steps(run)
+    with suppress(OSError):  # one too many does no harm
+        for step in [step for step in known if step > saved] + [step for step in known if step <= saved][:-keep]:
+            _remove(folder_of(run, step))
 
 
 def _remove(folder: Path) -> None:

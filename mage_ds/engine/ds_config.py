@@ -1,7 +1,7 @@
 """The DeepSpeed configuration in force: the user's JSON with its "auto" values filled from the recipe.
 
 The recipe owns what decides the result (batch, clip, optimizer, schedule), the JSON what decides how a machine
-computes it (stage, offload, buckets, communication). Where both speak, they must agree.
+computes it (stage, buckets, communication). Where both speak, they must agree.
 """
 
 import difflib
@@ -175,7 +175,7 @@ def in_force(path: Path, config: dict, share: Share, *, clip: float | None, prec
     bf16["enabled"] = precision == "bf16"
     if bf16.get("check_grad_overflow") is False:
         raise UserError(f"{path}: bf16.check_grad_overflow: false lets one NaN reach the weights; remove the key")
-    config.setdefault("zero_optimization", {"stage": 0})
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if precision == "bf16":
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         config.setdefault("communication_data_type", "fp32")
@@ -209,6 +209,9 @@ def _check_zero(path: Path, zero: dict, precision: str) -> None:
             f"{path}: zero_optimization.stage = 0 with bf16: DeepSpeed's optimizer then makes one update on zero "
             f"gradients at start; choose zero1, or --precision float32"
         )
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            raise UserError(f"{path}: zero_optimization.{key}: offload is not supported yet; remove the block")
     try:
         DeepSpeedZeroConfig(**_without_auto(zero))
     except ValidationError as error:

@@ -43,7 +43,7 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
             for micro in range(limits.accumulation):
                 if reason := stop.due(started):
                     run.stop(reason, engines)
-                    raise Stopped(f"{reason}: saved after step {run.step}")
+                    raise Stopped(f"{reason}: saved after step {run.step}" if run.step else f"{reason}: before step 1")
                 started += 1
                 seed_dropout(run.seed, step, micro * me.world + me.rank)
                 for name, loss, logs in step_fn(engines, next(stream), step):
@@ -61,7 +61,7 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
             if in_a_row > limits.max_skipped:
                 raise UserError(
                     f"{run.path}: {in_a_row} steps in a row without a finite gradient; the checkpoint of step "
-                    f"{run.saved} is kept; lower optimizer.base_lr or choose --precision float32"
+                    f"{run.saved} is kept (0: none yet); lower optimizer.base_lr or choose --precision float32"
                 )
             figures = {}
             if run.log_due(step + 1):

@@ -41,6 +41,7 @@ class Process:
 
 _process: Process | None = None
 _stop_reason: str | None = None
+_interrupted = False
 
 
 def start(threads: int | None = None) -> Process:
@@ -69,7 +70,8 @@ def _join(torch) -> Process:
     rank, world = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    asked = os.environ.get("DS_ACCELERATOR", "cuda")  # DeepSpeed's own switch: `cpu` on a machine with GPUs
+    device = torch.device("cuda", local_rank) if asked == "cuda" and torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _watch_launcher()
@@ -232,9 +234,10 @@ def stop_on_signals() -> None:
 
 
 def _on_signal(number, frame) -> None:
-    global _stop_reason
-    if number == signal.SIGINT and _stop_reason is not None:
+    global _stop_reason, _interrupted
+    if number == signal.SIGINT and _interrupted:
         raise KeyboardInterrupt
+    _interrupted = _interrupted or number == signal.SIGINT
     _stop_reason = signal.Signals(number).name
 
 

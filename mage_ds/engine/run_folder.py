@@ -2,12 +2,13 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shutil
 import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class Run:
         )
         if self._first:
             self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._board = Board(self.path / "tensorboard", purge_step=self.step + 1 if self.step else None)
+            self._board = Board(self.path / "tensorboard", purge_step=self.step + 1)
         self._status("running")
 
     # --- while it runs ---------------------------------------------------------------------------------------
@@ -107,7 +108,8 @@ class Run:
 
     def _log_evaluation(self, step: int, figures: dict) -> None:
         if self._first and figures:
-            self._metrics.write(json.dumps({"step": step, **figures}) + "\n")
+            plain = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+            self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
             self._board.scalars(step, figures)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
             self._progress.say(f"step {step:{len(str(self.steps))}d}/{self.steps}  {shown}")
@@ -141,14 +143,19 @@ class Run:
         if self._first:
             self._board.close()
             self._metrics.close()
-            (self.path / "pictures").mkdir(exist_ok=True)
-            grids.loss_curve(self.path / "metrics.jsonl", self.path / "pictures" / "loss.png")
-        self._status("finished")
+            close_books(self.path, step=self.step, steps=self.steps)
         process.barrier()
 
     def _status(self, state: str, reason: str = "") -> None:
         if self._first:
             write_status(self.path, state, reason, step=self.step, steps=self.steps)
+
+
+def close_books(path: Path, **facts) -> None:
+    """The last acts of a run: its loss curve, and the word `finished`. Also for one that was killed before them."""
+    (path / "pictures").mkdir(exist_ok=True)
+    grids.loss_curve(path / "metrics.jsonl", path / "pictures" / "loss.png")
+    write_status(path, "finished", **facts)
 
 
 @contextmanager
@@ -286,8 +293,12 @@ def _lock(out: Path) -> None:
         raise UserError(f"--out {out}: another process is training in it; wait for it or stop it")
     if not _is_mine(out):
         _locked = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the process lives)
-        with suppress(OSError):  # a file system without locks
+        try:
             fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another process has just begun to train in it; stop it or wait") from None
+        except OSError:
+            pass  # a file system without locks
 
 
 def _is_mine(out: Path) -> bool:

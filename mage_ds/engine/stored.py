@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,14 @@ def load_mage(path: Path, step: int | None = None) -> tuple[Mage, Recipe, dict]:
     model = Mage(**recipe.model.model_dump())
     model.load_state_dict(weights)
     return model.eval(), recipe, meta
+
+
+def precision(path: Path) -> torch.dtype:
+    """The number format that a run was trained in."""
+    try:
+        return torch.bfloat16 if json.loads((path / "ds_config.json").read_text())["bf16"]["enabled"] else torch.float32
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}/ds_config.json: cannot be read ({error!r}); copy the whole run folder") from None
 
 
 def save_tokenizer(folder: Path, model: Vqgan, numbers: dict, image_size: int) -> None:

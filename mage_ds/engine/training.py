@@ -96,6 +96,17 @@ def _same_micro_batch(recipe: Recipe, out: Path, world: int) -> Recipe:
     return recipe.model_copy(update={"machine": recipe.machine.model_copy(update={"micro_batch": before})})
 
 
+def already_done(plan: Plan) -> bool:
+    """Says so where the run has reached its last step, and ends one that was killed just before it said so."""
+    out = plan.options.out
+    if not plan.done:
+        return False
+    if process.start().first and run_folder.read_status(out).get("state") != "finished":
+        run_folder.close_books(out, step=plan.steps, steps=plan.steps)
+    process.say(f"{out}: already finished ({plan.steps} steps); --extend with a longer duration trains on")
+    return True
+
+
 @dataclass(frozen=True)
 class Training:
     """A run, open: engines by name, and what the loop needs."""
@@ -161,9 +172,13 @@ def frozen(model: torch.nn.Module, plan: Plan) -> torch.nn.Module:
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def stream(plan: Plan, catalog: Catalog) -> Callable[[int], dali.Ahead]:
-    """position -> this rank's endless micro-batches from there on; unreadable pictures are listed in the run."""
+def stream(plan: Plan, catalog: Catalog, listed: bool = True) -> Callable[[int], dali.Ahead]:
+    """position -> this rank's endless micro-batches from there on.
+
+    Unreadable pictures are listed in the run folder, which must exist then; `listed` False looks over them.
+    """
     me, recipe = process.start(), plan.recipe
+    path, limit = (plan.options.out / "quarantine.jsonl", recipe.inputs.broken_limit) if listed else (None, 1.0)
     return lambda position: dali.stream(
         catalog,
         seed=recipe.seed,
@@ -174,5 +189,5 @@ def stream(plan: Plan, catalog: Catalog) -> Callable[[int], dali.Ahead]:
         world=me.world,
         inputs=recipe.inputs,
         device=me.device,
-        quarantine=Quarantine(plan.options.out / "quarantine.jsonl", recipe.inputs.broken_limit, catalog.n),
+        quarantine=Quarantine(path, limit, catalog.n),
     )

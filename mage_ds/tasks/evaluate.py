@@ -1,5 +1,6 @@
 """mage-ds evaluate: figures of a folder of pictures, beside those of real pictures and their reconstructions."""
 
+import copy
 import difflib
 import io
 import json
@@ -152,7 +153,9 @@ class _Tokenizer:
     def __init__(self, run: Path):
         self.inputs = stored.open_run(run, "pretrain").inputs
         model, info = stored.load_tokenizer(run / "tokenizer")
-        self.model, self.hash = inference.frozen(model), info["hash"]
+        self.exact, self.hash = inference.frozen(model), info["hash"]
+        # The tokens that the run was trained on: near ties fall otherwise in another number format.
+        self.model = copy.deepcopy(model).to(process.start().device, stored.precision(run))
 
     def tokenize(self, catalog: Catalog) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int64 (n, N), reconstructions uint8 (n, H, W, 3)."""
@@ -170,8 +173,9 @@ class _Tokenizer:
         )
         with torch.no_grad():
             for batch in batches:
-                grid = self.model.tokenize(batch.images[:, 0].float() / 255)
-                images = pixels(self.model.detokenize(grid))
+                dtype = self.model.quantize.embedding.weight.dtype
+                grid = self.model.tokenize((batch.images[:, 0].float() / 255).to(dtype))
+                images = pixels(self.exact.detokenize(grid))
                 real = batch.index >= 0
                 tokens.append(grid.cpu().numpy()[real])
                 rebuilt.append(images[real])

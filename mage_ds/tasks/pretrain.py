@@ -51,8 +51,7 @@ def pretrain(
             facts={"data": catalog.fingerprint, "tokenizer": info["hash"]},
             largest=partial(_largest_micro_batch, outline, recipe),
         )
-        if plan.done:
-            process.say(f"{out}: already finished ({plan.steps} steps); --extend with a longer duration trains on")
+        if training.already_done(plan):
             return
         process.say(f"{catalog.n:,} training pictures, {validation.n if validation else 'no'} held out (val/)")
         mage = Mage(**recipe.model.model_dump())

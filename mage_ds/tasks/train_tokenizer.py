@@ -44,8 +44,7 @@ def train_tokenizer(
             facts={"data": catalog.fingerprint},
             largest=partial(_largest_micro_batch, outline, recipe),
         )
-        if plan.done:
-            process.say(f"{out}: already finished ({plan.steps} steps); --extend with a longer duration trains on")
+        if training.already_done(plan):
             return
         process.say(f"{catalog.n:,} training pictures, {validation.n if validation else 'no'} held out (val/)")
         vqgan = Vqgan(**recipe.model.model_dump())
@@ -73,11 +72,12 @@ def _codebook_from_data(vqgan: Vqgan, plan: Plan, catalog) -> None:
     Written before any engine exists, so it is the initial value of every copy and shard. Every rank starts from
     its own samples; the engine then takes rank 0's values.
     """
-    source, points = training.stream(plan, catalog)(0), []
+    source, points = training.stream(plan, catalog, listed=False)(0), []
     codes = plan.recipe.model.codes
     with torch.no_grad():
         while sum(len(some) for some in points) < 4 * codes:
-            z = vqgan.encode(next(source).images[:, 0].float() / 255)
+            batch = next(source)
+            z = vqgan.encode(batch.images[batch.valid > 0, 0].float() / 255)
             points.append(z.flatten(2).transpose(1, 2).flatten(0, 1))
         source.close()
         points = torch.cat(points)

@@ -77,6 +77,7 @@ def test_what_the_user_writes_stays(tmp_path):
         ({"gradient_clipping": 1.0}, ["gradient_clipping = 1.0", "optimizer.clip (3.0)"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled = True", "--precision float32"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage = 4"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "remove"]),
         ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage = auto"]),
         ({"zero_optimization": 3}, ["zero_optimization = 3", "must be a block"]),
         ({"bf16": True}, ["bf16 = True", "must be a block"]),

@@ -6,6 +6,7 @@ MAGE_DS_WRITE_GOLDEN=1 pytest tests/engine/test_golden.py
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import tiny
 from PIL import Image
 
 from mage_ds.engine import checkpoint, run_folder
+from mage_ds.errors import Stopped
 from mage_ds.tasks.pretrain import pretrain
 
 _FILE = Path(__file__).with_name("golden_losses.json")
@@ -58,7 +60,25 @@ def test_what_a_finished_run_leaves(trained):
     assert list((trained / "tensorboard").iterdir())
 
 
-def test_starting_again_says_that_it_is_done(trained, capsys):
+@pytest.mark.parametrize("state", ["finished", "running"])
+def test_starting_again_says_that_it_is_done(trained, capsys, state):
+    run_folder.write_status(trained, state)  # running: killed between the last checkpoint and the last word
     data = str(trained.parent / "data")
     pretrain(tiny.recipe(), data, str(trained))
     assert "already finished (20 steps)" in capsys.readouterr().out
+    assert run_folder.read_status(trained)["state"] == "finished"
+
+
+def test_a_resume_from_an_older_checkpoint_leaves_the_newer_ones_behind(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("mage_ds.engine.process.stop_on_signals", lambda: None)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    older = str(run / "checkpoints" / "step_000010")
+    data = str(trained.parent / "data")
+    every = "report.checkpoint_every.steps=4"
+    calls = iter([None, None, "SIGTERM"])  # before the two micro-batches of step 11 and the first of step 12
+    monkeypatch.setattr("mage_ds.engine.process.Stop.due", lambda self, micro: next(calls))
+    with pytest.raises(Stopped):
+        pretrain(tiny.recipe(every, "report.keep=5"), data, str(run), resume=older)
+    assert checkpoint.steps(run) == [10, 11]  # 20 is of another past
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 11
