@@ -34,6 +34,19 @@ class _Verb(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; an unexpected exception keeps its traceback (exit code 1)."""
+    code = _code(argv)
+    if _several() and "mage_ds.engine.process" in sys.modules:  # a rank that never joined the others just ends
+        from mage_ds.engine import process
+
+        process.leave(code)
+    return code
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _code(argv: Sequence[str] | None) -> int:
     try:
         _run(sys.argv[1:] if argv is None else list(argv))
         return 0
@@ -74,7 +87,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _say(message: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _several():
         from mage_ds.engine import process  # knows which rank speaks
 
         process.say_error(message)

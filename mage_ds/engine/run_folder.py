@@ -136,6 +136,8 @@ class Run:
         process.say(f"{reason}: stopping; saving step {self.step}")
         if self.step:
             self.save(engines)
+        if self._first:
+            self._board.close()
 
     def finish(self) -> None:
         """Close the logs of a run that reached its last step, and draw its loss curve."""

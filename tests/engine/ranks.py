@@ -307,6 +307,7 @@ def main() -> None:
         raise
     finally:
         (FOLDER / f"rank_{me.rank}.json").write_text(json.dumps(found, indent=1))
+    process.leave(0)
 
 
 if __name__ == "__main__":
