@@ -68,7 +68,7 @@ setup(
     package_data={"mage_ds": ["py.typed"], "mage_ds.recipes": ["*.yaml", "*/*.yaml"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mage-ds = mage_ds.cli:main"]},
+    entry_points={"console_scripts": ["mage-ds = mage_ds.cli:entry"]},
     cmdclass={"build_py": BuildWithConfigs},
     zip_safe=False,
 )

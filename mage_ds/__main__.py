@@ -1,6 +1,4 @@
-import sys
-
-from mage_ds.cli import main
+from mage_ds.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

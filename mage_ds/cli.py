@@ -34,19 +34,6 @@ class _Verb(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; an unexpected exception keeps its traceback (exit code 1)."""
-    code = _code(argv)
-    if _several() and "mage_ds.engine.process" in sys.modules:  # a rank that never joined the others just ends
-        from mage_ds.engine import process
-
-        process.leave(code)
-    return code
-
-
-def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _code(argv: Sequence[str] | None) -> int:
     try:
         _run(sys.argv[1:] if argv is None else list(argv))
         return 0
@@ -59,6 +46,20 @@ def _code(argv: Sequence[str] | None) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
+
+
+def entry() -> None:
+    """The process's way in and out: `mage-ds` and `python -m mage_ds`."""
+    code = main()
+    if _several() and "mage_ds.engine.process" in sys.modules:  # a rank that never joined the others just ends
+        from mage_ds.engine import process
+
+        process.leave(code)
+    sys.exit(code)
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _run(argv: list[str]) -> None:

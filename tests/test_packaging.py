@@ -52,7 +52,7 @@ def test_the_wheel_holds_every_file_of_the_package(installed):
     packed = {path.relative_to(installed).parts[0] for path in installed.rglob("*") if path.is_file()}
     assert {"mage_ds"} == {name for name in packed if not name.endswith(".dist-info")}  # no tests, no setup.py
     [info] = installed.glob("*.dist-info")
-    assert "mage-ds = mage_ds.cli:main" in (info / "entry_points.txt").read_text()
+    assert "mage-ds = mage_ds.cli:entry" in (info / "entry_points.txt").read_text()
     assert "License: MIT" in (info / "METADATA").read_text()
 
 
