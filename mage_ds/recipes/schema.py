@@ -102,6 +102,16 @@ class Inputs(Section):
         return self
 
 
+class Spike(Section):
+    """A rule for losses that leap. A run of an earlier version has none in its recipe."""
+
+    action: Literal["none", "stop", "rewind"] = _machine(
+        "on a spike: stop the run, or go back to the last checkpoint and skip the samples seen since; none: go on"
+    )
+    factor: float = _machine("a spike is a loss above this multiple of the median of the last `window` steps", gt=1)
+    window: int = _machine("steps that the median is taken over; no rule before that many", ge=2)
+
+
 class Report(Section):
     log_every: int = _machine("steps between progress lines", ge=1)
     evaluate_every: Duration = _machine("how often the held-out loss is measured")
@@ -109,7 +119,9 @@ class Report(Section):
     pictures_every: Duration = _machine("how often pictures are drawn")
     checkpoint_every: Duration = _machine("how often the run is saved")
     keep: int = _machine("newest checkpoints that are kept", ge=1)
+    keep_every: int = _machine("every so many checkpoints one is kept for good; 0: none", ge=0, default=0)
     max_skipped: int = _machine("steps in a row without a finite gradient; one more stops the run", ge=0)
+    spike: Spike = _machine("what is done where the loss leaps", default=Spike(action="none", factor=2.0, window=100))
 
 
 class Machine(Section):
@@ -119,10 +131,14 @@ class Machine(Section):
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = _machine(
         "samples of one forward pass on one rank; auto: the largest that fits and divides"
     )
-    activation_checkpointing: Literal["none", "full"] = _machine(
-        "full: each block is computed again in the backward pass: less memory, about a third more work"
+    activation_checkpointing: Literal["none", "selective", "full"] = _machine(
+        "blocks that are computed again in the backward pass, which saves their memory: none, every second one, or all "
+        "(about a third more work)"
     )
     compile: bool = _machine("compile each block with torch.compile")
+    hang_timeout: int = _machine(
+        "seconds without progress after which a rank writes its stack to RUN/logs and ends the run", ge=10, default=1800
+    )
 
 
 class VqganModel(Section):

@@ -104,8 +104,11 @@ def test_identity_and_machine():
         *(f"report.{name}" for name in ("log_every", "evaluate_every", "pictures_every", "checkpoint_every")),
         "report.evaluate_samples",
         "report.keep",
+        "report.keep_every",
+        *(f"report.spike.{name}" for name in ("action", "factor", "window")),
         "report.max_skipped",
         *(f"machine.{name}" for name in ("precision", "micro_batch", "activation_checkpointing", "compile")),
+        "machine.hang_timeout",
     }
     assert not machine & set(recipe.identity())
     faster = recipes.load_recipe("pretrain_vit_base", ["machine.compile=true", "report.log_every=1"])
