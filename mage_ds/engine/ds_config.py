@@ -175,7 +175,11 @@ def in_force(path: Path, config: dict, share: Share, *, clip: float | None, prec
     bf16["enabled"] = precision == "bf16"
     if bf16.get("check_grad_overflow") is False:
         raise UserError(f"{path}: bf16.check_grad_overflow: false lets one NaN reach the weights; remove the key")
-    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    zero = config.setdefault("zero_optimization", {})
+    zero.setdefault("stage", 0)
+    if offload(zero, "offload_optimizer") == "cpu":
+        # torch's fused AdamW works on the host as well as DeepSpeed's own, which a compiler has to build first.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
     if precision == "bf16":
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         config.setdefault("communication_data_type", "fp32")
@@ -209,12 +213,29 @@ def _check_zero(path: Path, zero: dict, precision: str) -> None:
             f"{path}: zero_optimization.stage = 0 with bf16: DeepSpeed's optimizer then makes one update on zero "
             f"gradients at start; choose zero1, or --precision float32"
         )
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device", "none") != "none":
-            raise UserError(f"{path}: zero_optimization.{key}: offload is not supported yet; remove the block")
+    _check_offload(path, stage, zero, precision)
     try:
         DeepSpeedZeroConfig(**_without_auto(zero))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: zero_optimization.{key} = {first['input']}: {first['msg']}") from None
+
+
+def _check_offload(path: Path, stage: int, zero: dict, precision: str) -> None:
+    # In bf16 at stage 1 DeepSpeed takes another optimizer class, which looks over the block.
+    for key, least in (("offload_optimizer", 2 if precision == "bf16" else 1), ("offload_param", 3)):
+        device = offload(zero, key)
+        if device not in ("none", "cpu"):
+            raise UserError(f'{path}: zero_optimization.{key}.device = {device}: only "cpu" is supported')
+        if device == "cpu" and stage < least:
+            raise UserError(
+                f"{path}: zero_optimization.{key}: needs stage {least} at least in {precision}, not {stage}; "
+                f"choose zero{max(2, least)}_offload"
+            )
+
+
+def offload(zero: dict, key: str) -> str:
+    """Where a zero_optimization block keeps `offload_optimizer` or `offload_param`: none or cpu."""
+    block = zero.get(key) or {}
+    return str(block.get("device", "none")) if isinstance(block, dict) else str(block)

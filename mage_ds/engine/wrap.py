@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -14,13 +15,34 @@ from mage_ds.models.vqgan import ResidualBlock
 from mage_ds.recipes.schema import Recipe
 
 
+def build(make: Callable[[], torch.nn.Module], seed: int, config: dict) -> torch.nn.Module:
+    """The model that `make` makes, with its initial values. All ranks call it.
+
+    Under ZeRO 3 each module is sharded as soon as it is made, so that no rank ever holds the whole model; the values
+    are those of a plain build (in bf16 rounded, as DeepSpeed rounds a plain one).
+    """
+    if config["zero_optimization"]["stage"] != 3:
+        model = make()
+        initialize_weights(model, seed)
+        return model
+    from deepspeed import zero
+
+    with zero.Init(config_dict_or_path=config):
+        model = make()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad(), zero.GatheredParameters([parameter], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                parameter.copy_(model.initial_value(name, parameter.ds_shape, _generator_of(seed, name)))
+    return model
+
+
 def initialize_weights(model: torch.nn.Module, seed: int) -> None:
-    """Initial values, each a function of (seed, the parameter's name)."""
+    """Initial values of a model that is whole, each a function of (seed, the parameter's name)."""
+    initialize(model, lambda name: _generator_of(seed, name))
 
-    def generator_of(name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(keyed.seed_of(seed, "initial value", name))
 
-    initialize(model, generator_of)
+def _generator_of(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(keyed.seed_of(seed, "initial value", name))
 
 
 def wrap(model: torch.nn.Module, recipe: Recipe, config: dict, device: torch.device):
@@ -31,9 +53,8 @@ def wrap(model: torch.nn.Module, recipe: Recipe, config: dict, device: torch.dev
     import deepspeed
 
     model.to(device).train()
-    if recipe.machine.activation_checkpointing == "full":
-        for block in _blocks(model):
-            _recompute(block)
+    for block in recomputed(_blocks(model), recipe.machine.activation_checkpointing):
+        _recompute(block)
     if recipe.machine.compile:
         # Compiled dropout otherwise draws other numbers than the plain one.
         torch._inductor.config.fallback_random = True
@@ -47,6 +68,11 @@ def wrap(model: torch.nn.Module, recipe: Recipe, config: dict, device: torch.dev
 
 def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, Block | ResidualBlock)]
+
+
+def recomputed(blocks: list, which: str) -> list:
+    """Of a model's blocks those that machine.activation_checkpointing computes again in the backward pass."""
+    return {"none": [], "selective": blocks[::2], "full": blocks}[which]
 
 
 def _recompute(block: torch.nn.Module) -> None:

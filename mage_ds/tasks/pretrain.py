@@ -54,8 +54,7 @@ def pretrain(
         if training.already_done(plan):
             return
         process.say(f"{catalog.n:,} training pictures, {validation.n if validation else 'no'} held out (val/)")
-        mage = Mage(**recipe.model.model_dump())
-        wrap.initialize_weights(mage, recipe.seed)
+        mage = wrap.build(lambda: Mage(**recipe.model.model_dump()), recipe.seed, plan.config)
         opened = training.begin(
             plan,
             {"mage": mage},

@@ -22,6 +22,12 @@ from mage_ds.errors import Stopped, UserError
 from mage_ds.tasks import pretrain
 
 MODES = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+OFFLOADED = [
+    (1, "float32", ("optimizer",)),
+    (3, "float32", ("optimizer", "param")),
+    (2, "bf16", ("optimizer",)),
+    (3, "bf16", ("optimizer", "param")),
+]
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 
 
@@ -136,14 +142,64 @@ def continued(me) -> dict:
     return found
 
 
+def offloaded(me) -> dict:
+    """6 steps with the optimizer, or the parameters too, on the host, saved; 6 more without, and so back again."""
+    numbers, found = tiny.recipe("batch=16"), {}
+    for stage, precision, what in OFFLOADED:
+        path = FOLDER / f"offloaded_{stage}_{precision}"
+        engine = tiny.engine_of(numbers, stage, precision, what)
+        out = tiny.train(engine, numbers, 6)
+        save(path, out, engine)
+        loaded, losses = [], out.losses
+        for offload, end in (((), 9), (what, 12)):
+            engine = tiny.engine_of(numbers, stage, precision, offload)
+            source = checkpoint.find(path)
+            meta = checkpoint.load(source, {"mage": engine})
+            loaded.append(tiny.equal(tiny.full_state(engine), tiny.stored_state(source)))
+            run = tiny.train(engine, numbers, end, tiny.Recorder(numbers, meta["step"]))
+            save(path, run, engine)
+            losses = losses + run.losses
+        found[f"{stage} {precision}"] = {
+            "loaded": loaded,
+            "losses": losses,
+            "decays": [group["weight_decay"] for group in engine.optimizer.param_groups],
+            "kept on": sorted({str(flat.device) for flat in state.flats(engine)}),
+            "offloads": bool(
+                getattr(engine.optimizer, "cpu_offload", getattr(engine.optimizer, "offload_optimizer", 0))
+            ),
+        }
+    return found
+
+
+def sharded_from_the_start(me) -> dict:
+    """What ZeRO 3 leaves of a model on a rank before its initial values are written and after, and those values."""
+    numbers = tiny.recipe(
+        "model.encoder={depth: 2, width: 16, heads: 2}", "model.decoder={depth: 1, width: 16, heads: 2}"
+    )
+    seen = []
+
+    def make():
+        seen.append(tiny.Mage(**numbers.model.model_dump()))
+        return seen[0]
+
+    config = tiny.config_of(numbers, 3)
+    made = tiny.wrap.build(make, numbers.seed, config)
+    held = sum(p.numel() + p.ds_tensor.numel() for p in made.parameters())
+    whole = sum(p.ds_numel for p in made.parameters())
+    values = tiny.full_state(tiny.wrap.wrap(made, numbers, config, me.device))
+    plain = tiny.Mage(**numbers.model.model_dump())
+    tiny.wrap.initialize_weights(plain, numbers.seed)
+    same = [torch.equal(values[f"weight {name}"], p.detach()) for name, p in plain.named_parameters()]
+    return {"share": held / whole, "same": all(same), "parameters": len(same)}
+
+
 def leg_1(me) -> dict:
-    """ZeRO 1 on two ranks: 18 steps at once, and 5 steps that are saved for others to go on."""
-    numbers = tiny.recipe()
-    whole = tiny.train(tiny.engine_of(numbers, 1), numbers, 18)
+    """ZeRO 1 on two ranks: 5 steps that are saved for others to go on."""
+    numbers = tiny.recipe("batch=16")
     engine = tiny.engine_of(numbers, 1)
     run = tiny.train(engine, numbers, 5)
     save(FOLDER / "moved", run, engine)
-    return {"whole": whole.losses, "losses": run.losses}
+    return {"losses": run.losses}
 
 
 def leg_3(me) -> dict:
@@ -154,10 +210,15 @@ def leg_3(me) -> dict:
     return moved_leg(2, 10, 14)
 
 
-def moved_leg(stage: int, start: int, end: int, folder: Path = FOLDER) -> dict:
+def leg_5(me) -> dict:
+    """ZeRO 2 with the optimizer on the host, on four ranks, from what one rank left at step 18, to the end."""
+    return moved_leg(2, 18, 20, offload=("optimizer",))
+
+
+def moved_leg(stage: int, start: int, end: int, folder: Path = FOLDER, offload: tuple[str, ...] = ()) -> dict:
     """Load the moved run at `start` in another stage, train to `end`, save."""
-    numbers = tiny.recipe()
-    engine = tiny.engine_of(numbers, stage)
+    numbers = tiny.recipe("batch=16")
+    engine = tiny.engine_of(numbers, stage, offload=offload)
     source = checkpoint.folder_of(folder / "moved", start)
     meta = checkpoint.load(source, {"mage": engine})
     loaded = tiny.equal(tiny.full_state(engine), tiny.stored_state(source))
@@ -282,6 +343,8 @@ SCENARIOS = [
     not_finite,
     too_many,
     continued,
+    offloaded,
+    sharded_from_the_start,
     failed_write,
     optimizer_bytes,
     accumulated,
@@ -296,9 +359,8 @@ def main() -> None:
     me = process.start(threads=1)
     found = {}
     try:
-        for scenario in SCENARIOS:
-            if len(sys.argv) > 2 and scenario.__name__ not in sys.argv[2:]:
-                continue  # for a person who looks at one of them
+        chosen = [globals()[name] for name in sys.argv[2:]]
+        for scenario in chosen or SCENARIOS:
             began = time.perf_counter()
             found[scenario.__name__] = scenario(me)
             found[scenario.__name__ + " seconds"] = round(time.perf_counter() - began, 2)

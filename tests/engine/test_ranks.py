@@ -87,14 +87,40 @@ def test_a_continued_run_is_bit_identical(two, mode):
 
 def test_a_run_moves_between_stages_and_world_sizes(two):
     first = two.ranks[0]
-    whole = first["leg_1"]["whole"]
+    whole = first["stages"]["1 float32"]["losses"][:18]
     parts = first["leg_1"]["losses"] + two.leg_2["losses"] + first["leg_3"]["losses"] + two.leg_4["losses"]
     assert tiny.worst(parts, whole) < 1e-5
     for found, updates in ((two.leg_2, 5), (first["leg_3"], 10), (two.ranks[1]["leg_3"], 10), (two.leg_4, 14)):
         assert found["loaded"]
         assert found["updates"] == updates
         assert found["decays"] == [0.1, 0.0]
-    assert tiny.worst(whole, tiny.plain(tiny.recipe(), 18)) < 1e-6
+
+
+@pytest.mark.full
+def test_and_on_to_four_ranks_with_the_optimizer_on_the_host(two, four):
+    whole = two.ranks[0]["stages"]["1 float32"]["losses"][18:]
+    for rank in four:
+        found = rank["leg_5"]
+        assert (found["loaded"], found["updates"], found["decays"]) == (True, 18, [0.1, 0.0])
+        assert tiny.worst(found["losses"], whole) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["1 float32", "3 float32", "2 bf16", "3 bf16"])
+def test_offload_changes_no_loss_and_no_checkpoint(two, mode):
+    plain = two.ranks[0]["stages"][mode]["losses"][:12]
+    for rank in two.ranks:
+        found = rank["offloaded"][mode]
+        assert found["offloads"] and found["kept on"] == ["cpu"]  # here without meaning; on a GPU not
+        assert found["loaded"] == [True, True]
+        assert found["decays"] == [0.1, 0.0]
+        assert tiny.worst(found["losses"], plain) < (1e-6 if "float32" in mode else 1e-4)
+
+
+def test_zero_3_never_holds_the_whole_model(two):
+    for rank in two.ranks:
+        found = rank["sharded_from_the_start"]
+        assert found["share"] < 0.51  # of two ranks
+        assert found["same"] and found["parameters"] > 40
 
 
 def test_a_full_disk_on_one_rank_leaves_the_last_checkpoint(two):

@@ -52,9 +52,9 @@ def test_the_order_of_initialisation_does_not_matter():
     assert tiny.equal({name: p.detach() for name, p in model.named_parameters()}, weights(tiny.recipe()))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_recomputed_blocks_change_nothing(me, stage):
-    plain, full = tiny.recipe(), tiny.recipe("machine.activation_checkpointing=full")
+@pytest.mark.parametrize(("which", "stage"), [("full", 1), ("selective", 1), ("full", 3)])
+def test_recomputed_blocks_change_nothing(me, which, stage):
+    plain, full = tiny.recipe(), tiny.recipe(f"machine.activation_checkpointing={which}")
     assert plain.model.dropout > 0
     engine = tiny.engine_of(full, stage)
     seen = recomputed(engine.module)
@@ -75,7 +75,7 @@ def recomputed(model) -> dict:
 def test_recomputed_blocks_keep_less(me):
     """Of a block only its input is kept for backward."""
     kept = {}
-    for mode in ("none", "full"):
+    for mode in ("none", "selective", "full"):
         numbers = tiny.recipe(
             f"machine.activation_checkpointing={mode}", "model.encoder={depth: 8, width: 15, heads: 3}"
         )
@@ -87,6 +87,8 @@ def test_recomputed_blocks_keep_less(me):
         kept[mode] = sum(sizes)
         engine.backward(loss)
     assert kept["full"] < 0.4 * kept["none"]
+    # 5 of 9 blocks: every second one of encoder and decoder, from the first on
+    assert kept["selective"] == pytest.approx((5 * kept["full"] + 4 * kept["none"]) / 9, rel=0.1)
 
 
 def test_the_tokenizer_is_recomputed_too(me):

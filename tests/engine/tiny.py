@@ -84,19 +84,20 @@ class Recorder:
         return [figures["loss"] for figures in self.figures]
 
 
-def config_of(numbers, stage: int, precision: str = "float32", **blocks) -> dict:
+def config_of(numbers, stage: int, precision: str = "float32", offload: tuple[str, ...] = (), **blocks) -> dict:
     path, config = ds_config.read(f"zero{stage}")
+    config["zero_optimization"] |= {f"offload_{what}": {"device": "cpu"} for what in offload}
     if stage == 3:  # shard the smallest parameter too: in a full-size model most are large enough
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     share = ds_config.share(numbers, process.start().world, 1)
     return ds_config.in_force(path, config | blocks, share, clip=numbers.optimizer.clip, precision=precision)
 
 
-def engine_of(numbers, stage: int, precision: str = "float32", **blocks):
-    """A DeepSpeed engine around a new Mage with its initial values."""
-    model = Mage(**numbers.model.model_dump())
-    wrap.initialize_weights(model, numbers.seed)
-    return wrap.wrap(model, numbers, config_of(numbers, stage, precision, **blocks), process.start().device)
+def engine_of(numbers, stage: int, precision: str = "float32", offload: tuple[str, ...] = (), **blocks):
+    """A DeepSpeed engine around a new Mage with its initial values. offload: of `optimizer`, `param`."""
+    config = config_of(numbers, stage, precision, offload, **blocks)
+    model = wrap.build(lambda: Mage(**numbers.model.model_dump()), numbers.seed, config)
+    return wrap.wrap(model, numbers, config, process.start().device)
 
 
 def schedule_of(numbers):
