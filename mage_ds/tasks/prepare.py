@@ -1,4 +1,4 @@
-"""`mage-ds prepare`: make a sample data set, or check a folder of pictures and split it into train/ and val/."""
+"""`mage-ds prepare`: make a sample data set, or check pictures or tars and split them into train/ and val/."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mage_ds import keyed
 from mage_ds.errors import UserError
 from mage_ds.inputs.catalog import Catalog, open_catalog
 from mage_ds.inputs.quarantine import Unreadable, picture_size
+from mage_ds.inputs.tars import shown
 
 DONE = "prepared.json"  # lies in a finished data folder and says what was asked for
 SAMPLE_VAL, FOLDER_VAL = 0.2, 0.1  # held-out share where none is given
@@ -38,10 +39,10 @@ CROPS, CROP_SIDES = 24, (256, 320)  # of each photograph; pixels
 def prepare(src=None, sample=None, out=None, val_fraction=None, verify: str = "quick") -> None:
     """Makes or checks a data set; prints what it found. With several ranks rank 0 works alone.
 
-    Args: src: a folder of pictures, checked in place; sample: "digits" or "photos" instead, pictures out of installed
-    packages; out: where train/ and val/ are made (hard links or copies of the readable pictures of src);
-    val_fraction: share of val/, picked by the hash of the path; verify: "quick" looks at headers and ends, "full"
-    decodes every picture.
+    Args: src: a folder of pictures or tars, checked in place; sample: "digits" or "photos" instead, pictures out of
+    installed packages; out: where train/ and val/ are made (hard links or copies of the readable pictures of src;
+    files where src holds tars); val_fraction: share of val/, picked by the hash of the path; verify: "quick" looks at
+    headers and ends, "full" decodes every picture.
     Raises: UserError.
     """
     if int(os.environ.get("RANK", "0")):
@@ -60,7 +61,7 @@ def prepare(src=None, sample=None, out=None, val_fraction=None, verify: str = "q
     if sample is not None:
         _sample(sample, out, SAMPLE_VAL if val_fraction is None else val_fraction)
     else:
-        _folder(Path(src), out, FOLDER_VAL if val_fraction is None else val_fraction, verify)
+        _folder(Path(src), out, val_fraction, verify)
 
 
 def _progress(items, what: str, total: int):
@@ -138,13 +139,17 @@ SAMPLES = {"digits": _digits, "photos": _photos}
 # --- a user's own folder
 
 
-def _folder(src: Path, out: Path | None, val: float, verify: str) -> None:
+def _folder(src: Path, out: Path | None, val: float | None, verify: str) -> None:
     catalogs = _catalogs(src)
+    if len(catalogs) > 1 and val is not None:
+        raise UserError(f"--val-fraction {val:g}: {src} has its own val/; leave it out, or name the pictures to split")
+    if val is None and catalogs[0].split is None:
+        val = FOLDER_VAL
     if out is not None:
         if out.resolve().is_relative_to(src.resolve()):
             raise UserError(f"{out}: lies within {src}; choose an --out outside of it")
         request = {"src": str(src.resolve()), "fingerprint": [c.fingerprint for c in catalogs], "verify": verify}
-        if catalogs[0].split is None:
+        if val is not None:
             request["val_fraction"] = val
         if _is_done(out, request):
             return
@@ -162,18 +167,19 @@ def _folder(src: Path, out: Path | None, val: float, verify: str) -> None:
     if not good:
         raise UserError(f"{src}: no readable picture in it, nothing to put into {out}")
     with _published(out, request) as folder:
-        for catalog, i in _progress(good, "link", len(good)):
-            name = catalog.name(i)
-            _link(catalog.path(i), folder / (name if catalog.split else f"{_split(name, val)}/{name}"))
+        for catalog, i in _progress(good, "make", len(good)):
+            _put(catalog, i, folder / _place(catalog, i, val))
+        _make_classes(folder / "train", catalogs[0])
     _say_made(out)
 
 
 def _catalogs(src: Path) -> list[Catalog]:
-    """The folder's train/ and val/ where it has them, else the folder as one."""
-    if not any((src / split).is_dir() for split in ("train", "val")):
-        return [open_catalog(src)]
-    both = [open_catalog(src, split) for split in ("train", "val")]
-    return [catalog for catalog in both if catalog is not None]
+    """Training and held-out pictures where the folder tells them apart, else all as one. Listed anew."""
+    val = open_catalog(src, "val", check=True) if src.is_dir() else None
+    if val is None and not (src / "train").is_dir():
+        return [open_catalog(src, check=True)]
+    train = open_catalog(src, "train", check=True)
+    return [train] if val is None else [train, val]
 
 
 def _check(catalog: Catalog, verify: str) -> list:
@@ -206,8 +212,35 @@ def _decode(data: bytes) -> None:
         raise Unreadable(f"cannot be decoded: {error}") from None
 
 
-def _link(source: Path, target: Path) -> None:
+def _place(catalog: Catalog, i: int, val: float | None) -> str:
+    """train/ or val/, for a label out of a tar the folder of its class, then the name."""
+    name = catalog.name(i)
+    relative = name.removeprefix(f"{catalog.split}/") if catalog.split else name
+    split = catalog.split if val is None else _split(relative, val)
+    if catalog.numbered:
+        label = catalog.label(i)
+        relative = f"{_class_folder(catalog, label)}/{relative}" if label >= 0 else relative.replace("/", "_")
+    return f"{split}/{relative}"
+
+
+def _class_folder(catalog: Catalog, label: int) -> str:
+    return f"{label:0{len(str(len(catalog.classes) - 1))}d}"  # as many digits for all, so that names sort like numbers
+
+
+def _make_classes(train: Path, catalog: Catalog) -> None:
+    """A folder for every number up to the largest: a class without pictures keeps its place."""
+    if catalog.numbered and train.is_dir():
+        for label in range(len(catalog.classes)):
+            (train / _class_folder(catalog, label)).mkdir(exist_ok=True)
+
+
+def _put(catalog: Catalog, i: int, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    if catalog.shards:
+        with open(target, "xb") as file:
+            file.write(catalog.read(i))
+        return
+    source = catalog.path(i)
     try:
         os.link(os.path.realpath(source), target)  # the file, not a link to it
     except OSError:  # another file system, or one without hard links
@@ -249,8 +282,9 @@ def _published(out: Path, request: dict) -> Iterator[Path]:
         (partial / DONE).write_text(json.dumps(request, indent=1) + "\n")
         os.rename(partial, out)
     except OSError as error:
-        where = error.filename or out
-        raise UserError(f"{where}: {error.strerror or error}; choose an --out that can be written") from error
+        where = f" ({error.filename})" if error.filename and Path(error.filename) != partial else ""
+        reason = error.strerror or error
+        raise UserError(f"{out}: cannot be made: {reason}{where}; choose an --out in a folder of yours") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -277,14 +311,25 @@ def _classes(catalog: Catalog) -> str:
 def _say_found(catalog: Catalog, results: list, verify: str) -> None:
     sizes = sorted((r for r in results if isinstance(r, tuple)), key=lambda size: (min(size), size))
     broken = [(catalog.name(i), r) for i, r in enumerate(results) if isinstance(r, str)]
-    print(f"{catalog.root}: {catalog.n:,} pictures, {catalog.sizes.clip(0).sum() / 1e6:.1f} MB")
+    where = f" in {len(catalog.shards) - len(catalog.damaged):,} tars" if catalog.shards else ""
+    name = f"{catalog.root} ({catalog.split})" if catalog.split and catalog.shards else catalog.root
+    print(f"{name}: {catalog.n:,} pictures{where}, {catalog.sizes.clip(0).sum() / 1e6:.1f} MB")
     print(f"  classes  {_classes(catalog)}")
     if sizes:
         small, middle, large = ("{} x {}".format(*sizes[k]) for k in (0, len(sizes) // 2, -1))
         print(f"  sizes    {small} smallest, {middle} median, {large} largest, by their short sides")
     how = "every picture decoded" if verify == "full" else "headers and ends; --verify full decodes every picture"
     print(f"  broken   {len(broken):,} ({len(broken) / catalog.n:.2%}; {how})")
-    for name, reason in broken[:SHOWN]:
-        print(f"           {name}: {reason}")
-    if len(broken) > SHOWN:
-        print(f"           and {len(broken) - SHOWN:,} more")
+    _say_some(broken)
+    if catalog.damaged:
+        print(f"  tars     {len(catalog.damaged):,} damaged, left out; training refuses to start beside them")
+        _say_some(sorted(catalog.damaged.items()))
+    for reason, count in sorted(catalog.skipped.items()):
+        print(f"  skipped  {count:,} {reason} in tars")
+
+
+def _say_some(named: list[tuple[str, str]]) -> None:
+    for name, reason in named[:SHOWN]:
+        print(f"           {shown(name)}: {reason}")
+    if len(named) > SHOWN:
+        print(f"           and {len(named) - SHOWN:,} more")

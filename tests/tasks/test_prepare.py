@@ -181,7 +181,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch, failure):
         raise failure
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(UserError, match=rf"out: {failure.strerror}; choose an --out"):
+    with pytest.raises(UserError, match=rf"out: cannot be made: {failure.strerror}; choose an --out"):
         prepare(sample="digits", out=tmp_path / "out")
 
 
