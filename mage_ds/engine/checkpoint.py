@@ -9,47 +9,22 @@ verified and published by one rename; until then the checkpoint before it is the
 import hashlib
 import json
 import os
-import re
 import shutil
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mage_ds.engine import process, state
+from mage_ds.engine import process, retention, state, watch
+from mage_ds.engine.retention import find, folder_of, steps
 from mage_ds.errors import UserError
 
 FORMAT = 1
+_HEADER_BYTES = 2**10  # of a parameter in a checkpoint: more than its entries in the files' headers take
 _FILE_BYTES = 2**30  # a file is closed when it holds this much: a rank keeps one in memory while saving
-_NAME = re.compile(r"step_(\d{6,})")
-
-
-# --- finding -------------------------------------------------------------------------------------------------
-
-
-def steps(run: Path) -> list[int]:
-    """The published checkpoints' steps, rising. Half-written ones have another name."""
-    folder = Path(run) / "checkpoints"
-    names = (_NAME.fullmatch(entry.name) for entry in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(match[1]) for match in names if match)
-
-
-def folder_of(run: Path, step: int) -> Path:
-    return Path(run) / "checkpoints" / f"step_{step:06d}"
-
-
-def find(run: Path, step: int | None = None) -> Path:
-    """The folder of one checkpoint, the newest without `step`. Raises UserError where there is none."""
-    known = steps(run)
-    if not known:
-        raise UserError(f"{run}: has no checkpoint yet; train it first")
-    if step is None:
-        step = known[-1]
-    if step not in known:
-        raise UserError(f"--checkpoint {step}: not in {run}; there are {', '.join(map(str, known))}")
-    return folder_of(run, step)
 
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -76,16 +51,20 @@ def _digest(meta: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def verify(folder: Path, meta: dict, only: str = "") -> None:
-    """Compare sizes and checksums of the files whose names start with `only`. Raises UserError on the first."""
+def verify(folder: Path, meta: dict, only: str = "", *, read: bool = True, advance=None) -> None:
+    """Compare sizes and checksums of the files whose names start with `only`. Raises UserError on the first.
+
+    read: False compares sizes only; advance(bytes) is called while files are read.
+    """
     for name, expected in meta["files"].items():
         if not name.startswith(only):
             continue
+        watch.beat()
         path = folder / Path(name).name
         try:
             if path.stat().st_size != expected["bytes"]:
                 raise ValueError(f"{path.stat().st_size} bytes instead of {expected['bytes']}")
-            if _sha256(path) != expected["sha256"]:
+            if read and _sha256(path, advance) != expected["sha256"]:
                 raise ValueError("checksum differs")
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {_damaged(folder, error)}") from None
@@ -102,6 +81,7 @@ def read_tensors(folder: Path, meta: dict, prefix: str):
     for name in meta["files"]:
         if not name.startswith(prefix):
             continue
+        watch.beat()
         path = folder / Path(name).name
         try:
             with safe_open(path, framework="pt") as file:
@@ -169,46 +149,79 @@ def _load_kind(folder: Path, meta: dict, prefix: str, engine, key: str | None) -
 # --- writing -------------------------------------------------------------------------------------------------
 
 
-def save(run: Path, step: int, engines: dict, facts: dict, *, keep: int) -> Path:
+def size_of(engines: dict) -> int:
+    """Bytes of a checkpoint: float32 weight and moments of each parameter, the buffers, and some for headers."""
+    total = 0
+    for engine in engines.values():
+        shapes = [state.shape_of(parameter) for parameter in state.parameters(engine).values()]
+        total += 4 * (1 + len(state.MOMENTS)) * sum(shape.numel() for shape in shapes) + _HEADER_BYTES * len(shapes)
+        total += sum(buffer.nbytes for buffer in engine.module.buffers())
+    return total
+
+
+def check_room(run: Path, engines: dict) -> None:
+    """Raises UserError where the disk has no room for one more checkpoint: better now than in its middle."""
+    needed, free = size_of(engines), shutil.disk_usage(run).free
+    if free < needed:
+        raise UserError(
+            f"{run}: a checkpoint needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on its disk; "
+            f"{_kept(run)}; make room, then start again"
+        )
+
+
+def _kept(run: Path) -> str:
+    known = steps(run)
+    return f"the checkpoint of step {known[-1]} is kept" if known else "there is no checkpoint yet"
+
+
+def save(run: Path, step: int, engines: dict, facts: dict, *, keep: int, keep_every: int = 0) -> Path:
     """Write, verify and publish a checkpoint after `step` completed steps. All ranks call it.
 
-    facts: what else meta.json says (position, recipe, fingerprints). keep: newest checkpoints that stay.
-    Raises UserError where a file cannot be written; the checkpoints before are untouched.
+    facts: what else meta.json says (position, recipe, fingerprints). keep: newest checkpoints that stay; keep_every:
+    so do those whose step is a multiple of it (0: none). meta.json also says how many seconds rank 0 took to gather,
+    to write and to verify. Raises UserError where a file cannot be written; the checkpoints before are untouched.
     """
     final = folder_of(run, step)
     aside = final.with_name(f".{final.name}.part")
-    process.on_first(lambda: _fresh(aside))
+    process.on_first(lambda: _fresh(run, aside, engines))
     meta = {"format": FORMAT, "step": step, **facts, "engines": {}, "files": {}}
-    written, failed = {}, None
+    written, failed, seconds = {}, None, dict.fromkeys(("gather", "write", "verify"), 0.0)
     for name, engine in engines.items():
         state.ensure_moments(engine)
         parameters = state.parameters(engine)
         meta["engines"][name] = {"updates": state.updates(engine), "parameters": len(parameters)}
         for kind, key in (("weight", None), *((moment, moment) for moment in state.MOMENTS)):
-            error = _write_kind(aside, f"{name}.{kind}", engine, parameters, key, written)
+            error = _write_kind(aside, f"{name}.{kind}", engine, parameters, key, written, seconds)
             failed = failed or error
     outcomes = process.gather_objects((written, failed))
     problems = [error for _, error in outcomes if error]
     if problems:
         process.on_first(lambda: shutil.rmtree(aside, ignore_errors=True))
-        raise UserError(f"{final}: cannot be saved ({problems[0]}); make room or mend the disk, then start again")
+        raise UserError(
+            f"{final}: cannot be saved ({problems[0]}); {_kept(run)}; make room or mend the disk, then start again"
+        )
     for files, _ in outcomes:
         meta["files"].update(files)
+    meta["seconds"] = {what: round(value, 3) for what, value in seconds.items()}
     process.on_first(lambda: _publish(aside, final, meta))
-    process.on_first(lambda: _prune(run, step, keep))
+    process.on_first(lambda: retention.prune(run, step, keep, keep_every))
     return final
 
 
-def _fresh(aside: Path) -> None:
+def _fresh(run: Path, aside: Path, engines: dict) -> None:
     try:
-        for left in aside.parent.glob(".step_*"):  # by a start that was killed while it wrote or pruned
-            shutil.rmtree(left, ignore_errors=True)
-        aside.mkdir(parents=True)
+        for other in aside.parent.glob(".step_*"):  # by a start that was killed while it wrote or pruned
+            shutil.rmtree(other, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        check_room(run, engines)
+        aside.mkdir()
     except OSError as error:
-        raise UserError(f"{aside.parent}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{aside.parent}: cannot be written ({error.strerror}); {_kept(run)}") from None
 
 
-def _write_kind(aside: Path, stem: str, engine, parameters: dict, key: str | None, written: dict) -> str | None:
+def _write_kind(
+    aside: Path, stem: str, engine, parameters: dict, key: str | None, written: dict, seconds: dict
+) -> str | None:
     """Write one kind of tensor of one engine; file j is collected and written by rank j mod world.
 
     Every rank takes part in joining each shard. An error is returned, not raised, so that no rank leaves the
@@ -222,15 +235,17 @@ def _write_kind(aside: Path, stem: str, engine, parameters: dict, key: str | Non
         if held:
             path = aside / f"{stem}.{number:05d}.safetensors"
             try:
-                written[path.name] = _write(path, held)
+                written[path.name] = _write(path, held, seconds)
             except (OSError, SafetensorError) as error:
                 failed = str(error)
+        watch.beat()
         number, held, size = number + 1, {}, 0
 
     for name, parameter in parameters.items():
-        value = state.get_full(engine, parameter, key)
-        if number % me.world == me.rank and failed is None:
-            held[name] = value.float().cpu().contiguous().clone()
+        with _timed(seconds, "gather"):
+            value = state.get_full(engine, parameter, key)
+            if number % me.world == me.rank and failed is None:
+                held[name] = value.float().cpu().contiguous().clone()
         size += value.numel() * 4
         if size >= _FILE_BYTES:
             close()
@@ -240,14 +255,24 @@ def _write_kind(aside: Path, stem: str, engine, parameters: dict, key: str | Non
     return failed
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
-    save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    with safe_open(path, framework="pt") as file:  # what was written must open and be complete
-        if set(file.keys()) != set(tensors):
-            raise OSError(f"{path}: read back other tensors than written")
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+@contextmanager
+def _timed(seconds: dict, what: str):
+    began = time.perf_counter()
+    yield
+    seconds[what] += time.perf_counter() - began
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], seconds: dict) -> dict:
+    watch.beat()
+    with _timed(seconds, "write"):
+        save_file(tensors, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    with _timed(seconds, "verify"):
+        with safe_open(path, framework="pt") as file:  # what was written must open and be complete
+            if set(file.keys()) != set(tensors):
+                raise OSError(f"{path}: read back other tensors than written")
+        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _publish(aside: Path, final: Path, meta: dict) -> None:
@@ -258,8 +283,8 @@ def _publish(aside: Path, final: Path, meta: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         _sync(aside)
-        if final.exists():  # the same step again, after a resume from an older checkpoint
-            _remove(final)
+        if final.exists():  # a run that goes back leaves its step behind first, so this is no run's only copy
+            retention.remove(final)
         os.rename(aside, final)
         _sync(final.parent)
         with suppress(OSError):  # for people, where links exist; `find` lists the folder instead
@@ -269,23 +294,9 @@ def _publish(aside: Path, final: Path, meta: dict) -> None:
             os.replace(link, final.parent / "latest")
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{final}: cannot be published ({error}); mend the disk, then start again") from None
-
-
-def _prune(run: Path, saved: int, keep: int) -> None:
-    """Keep the newest. What lies beyond `saved` was left behind by a resume from an older checkpoint: the next
-    start must not take it for this run's."""
-    known = steps(run)
-    with suppress(OSError):  # one too many does no harm
-        for step in [step for step in known if step > saved] + [step for step in known if step <= saved][:-keep]:
-            _remove(folder_of(run, step))
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; never half of one stays under a good name."""
-    gone = folder.with_name(f".{folder.name}.gone")
-    os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+        raise UserError(
+            f"{final}: cannot be published ({error}); {_kept(final.parent.parent)}; mend the disk, then start again"
+        ) from None
 
 
 def _sync(folder: Path) -> None:
@@ -296,13 +307,12 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
-
-
-def _slow(file) -> str:
+def _sha256(path: Path, advance=None) -> str:
     digest = hashlib.sha256()
-    while block := file.read(2**22):
-        digest.update(block)
+    with open(path, "rb", buffering=0) as file:
+        block = memoryview(bytearray(2**22))
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            if advance:
+                advance(size)
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mage_ds import keyed
-from mage_ds.engine import process
+from mage_ds.engine import process, watch
 from mage_ds.engine.training import Plan
 from mage_ds.inputs import dali
 from mage_ds.inputs.batch import Batch
@@ -18,7 +18,8 @@ def batches(plan: Plan, catalog: Catalog) -> Iterator[tuple[Batch, torch.Tensor]
     """This rank's share of the held-out pictures that the recipe measures, always the same ones.
 
     Yields (batch, counts): counts bool (B,) on the host is False for padding. Every rank yields as many batches,
-    because a forward may be collective (ZeRO 3); together they count each picture once.
+    because a forward may be collective (ZeRO 3); together they count each picture once. Raises process.StopAsked
+    between batches, on all ranks before the same one.
     """
     me, most = process.start(), plan.recipe.report.evaluate_samples
     order = keyed.permutation(plan.recipe.seed, "held out", 0, catalog.n)[:most]
@@ -27,20 +28,37 @@ def batches(plan: Plan, catalog: Catalog) -> Iterator[tuple[Batch, torch.Tensor]
     mine = order[me.rank :: me.world]
     share[: len(mine)] = mine
     source = _open(plan, catalog, share, min(plan.share.micro_batch, each))
-    for batch in source:
-        yield batch, batch.valid.cpu() > 0
+    try:
+        for batch in source:
+            process.stop_point()
+            watch.beat()
+            yield batch, batch.valid.cpu() > 0
+    finally:
+        source.close()
 
 
 def shown(plan: Plan, catalog: Catalog, count: int) -> Batch:
     """This rank's share of `count` pictures to look at, always the same ones: as many on every rank, so that the
     forwards on them may be collective; `join` puts what is drawn of them together."""
     me = process.start()
+    process.stop_point()
     chosen = keyed.permutation(plan.recipe.seed, "shown", 0, catalog.n)[:count]
     each = -(-len(chosen) // me.world)
     source = _open(plan, catalog, np.resize(chosen, each * me.world)[me.rank * each :][:each], each)
     batch = next(source)
     source.close()
     return batch
+
+
+def stoppable(engine):
+    """The engine's forward, before each of which a stop may cut off what is being drawn."""
+
+    def forward(*inputs):
+        process.stop_point()
+        watch.beat()
+        return engine(*inputs)
+
+    return forward
 
 
 def join(drawn: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from mage_ds import keyed
-from mage_ds.engine import optim, process
+from mage_ds.engine import optim, process, watch
 from mage_ds.errors import Stopped, UserError
 
 
@@ -29,48 +30,87 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
     the micro-batch, of which the mean over the global batch is shown; lr: name -> function of the step;
     after_step(engines, step): EMA and the like; evaluate(engines, step) -> figures; pictures(engines, step) ->
     a uint8 picture.
-    Raises Stopped after a signal, once the last completed step is saved; UserError after too many steps
-    without a finite gradient.
+    Raises Stopped after a signal, once the last completed step is saved; UserError after too many steps without a
+    finite gradient, and where the rule for spikes ends the run. It judges by the log named `loss`.
     """
-    me = process.start()
-    stop, started, in_a_row = process.Stop(me), 0, 0
-    stream = batches(run.position)
+    process.begin_stops()
+    stream, begun, in_a_row = batches(run.position), 0, 0
     try:
-        for step in range(run.step, limits.steps):
+        run.catch_up(engines, evaluate, pictures)
+        while run.step < limits.steps:
+            step, logs = run.step, _Logs(limits.accumulation)
             for name, engine in engines.items():
                 optim.set_lr(engine, lr[name](step))
-            totals, outcomes = {}, {}
-            for micro in range(limits.accumulation):
-                if reason := stop.due(started):
-                    run.stop(reason, engines)
-                    raise Stopped(f"{reason}: saved after step {run.step}" if run.step else f"{reason}: before step 1")
-                started += 1
-                seed_dropout(run.seed, step, micro * me.world + me.rank)
-                for name, loss, logs in step_fn(engines, next(stream), step):
-                    for key, value in logs.items():
-                        totals[key] = totals.get(key, 0) + value.detach().float()
-                    engines[name].backward(_poisoned(loss))
-                    outcomes[name] = _step(engines[name])
+            norms = _train_step(engines, stream, step_fn, run, logs, steady=begun > 0)
+            begun += 1
             if after_step:
                 after_step(engines, step)
-            norms = {name: norm for name, norm in outcomes.items() if norm is not None}
             in_a_row = 0 if len(norms) == len(engines) else in_a_row + 1
-            run.skipped += in_a_row > 0
-            if in_a_row:
-                process.say(f"step {step + 1}: the gradient is not finite, step skipped ({in_a_row} in a row)")
-            if in_a_row > limits.max_skipped:
-                raise UserError(
-                    f"{run.path}: {in_a_row} steps in a row without a finite gradient; the checkpoint of step "
-                    f"{run.saved} is kept (0: none yet); lower optimizer.base_lr or choose --precision float32"
-                )
+            _count_skipped(run, in_a_row, limits)
+            if run.spikes and (median := run.spikes.median(logs.means["loss"])) is not None:
+                run.spiked(step + 1, logs.means["loss"], median, engines)
+                stream.close()
+                stream, in_a_row = batches(run.position), 0
+                continue
             figures = {}
             if run.log_due(step + 1):
-                figures = _means(totals, limits.accumulation * me.world)
-                figures |= _named("lr", {name: lr[name](step) for name in engines}) | _named("grad_norm", norms)
-                figures |= {"skipped": run.skipped, "waited": stream.waited}
+                figures = logs.means | _named("lr", {name: lr[name](step) for name in engines})
+                figures |= _named("grad_norm", norms) | {"skipped": run.skipped, "waited": stream.waited}
             run.end_of_step(step + 1, engines, figures, evaluate, pictures)
+    except process.StopAsked as asked:
+        run.stop(str(asked), engines)
+        saved = f"saved after step {run.step}" if run.step else "before step 1"
+        raise Stopped(f"{asked}: {saved}") from None
     finally:
         stream.close()
+
+
+def _train_step(engines, stream, step_fn, run, logs, steady: bool) -> dict[str, float]:
+    """All micro-batches of a step and the update; returns the gradient's norm by engine, none where it was skipped.
+
+    Raises process.StopAsked between micro-batches.
+    """
+    me, step, outcomes = process.start(), run.step, {}
+    for micro in range(logs.micro_batches):
+        process.stop_point()
+        watch.beat(steady)
+        seed_dropout(run.seed, step, micro * me.world + me.rank)
+        for name, loss, values in step_fn(engines, next(stream), step):
+            logs.add(values)
+            engines[name].backward(_poisoned(loss))
+            outcomes[name] = _step(engines[name])
+    return {name: norm for name, norm in outcomes.items() if norm is not None}
+
+
+def _count_skipped(run, in_a_row: int, limits: Limits) -> None:
+    run.skipped += in_a_row > 0
+    if in_a_row:
+        process.say(f"step {run.step + 1}: the gradient is not finite, step skipped ({in_a_row} in a row)")
+    if in_a_row > limits.max_skipped:
+        raise UserError(
+            f"{run.path}: {in_a_row} steps in a row without a finite gradient; the checkpoint of step "
+            f"{run.saved} is kept (0: none yet); lower optimizer.base_lr or choose --precision float32"
+        )
+
+
+class _Logs:
+    """The logs of a step's micro-batches on this rank; `means` over the global batch are read once, where needed."""
+
+    def __init__(self, micro_batches: int):
+        self.micro_batches, self._totals = micro_batches, {}
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        for key, value in values.items():
+            self._totals[key] = self._totals.get(key, 0) + value.detach().float()
+
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """One small all-reduce, one read by the host; every rank asks for it in the same steps."""
+        if not self._totals:
+            return {}
+        totals = process.sum_over_ranks(torch.stack(list(self._totals.values())))
+        means = totals / (self.micro_batches * process.start().world)
+        return dict(zip(self._totals, means.tolist(), strict=True))
 
 
 def seed_dropout(seed: int, step: int, micro: int) -> None:
@@ -107,14 +147,6 @@ def _step(engine) -> float | None:
     if norm is None:
         norm = float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
     return norm if math.isfinite(norm) else None
-
-
-def _means(totals: dict[str, torch.Tensor], micro_batches: int) -> dict[str, float]:
-    """Means over the global batch; one small all-reduce, one read by the host."""
-    if not totals:
-        return {}
-    means = process.sum_over_ranks(torch.stack(list(totals.values()))) / micro_batches
-    return dict(zip(totals, means.tolist(), strict=True))
 
 
 def _named(key: str, values: dict[str, float]) -> dict[str, float]:

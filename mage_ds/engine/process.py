@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mage_ds.engine import launched
 from mage_ds.errors import EXIT_STOPPED, UserError
 
 _LAUNCHER = b"deepspeed.launcher.launch"
@@ -41,14 +42,16 @@ class Process:
 
 _process: Process | None = None
 _stop_reason: str | None = None
+_stop: "Stop | None" = None
+_points = 0
 _interrupted = False
 
 
 def start(threads: int | None = None) -> Process:
     """Join the process group (gloo on the CPU, nccl on GPUs) once; later calls return the same Process.
 
-    Ranks come from the launcher's environment; without one this is a group of a single process. On a CPU the
-    cores are shared out between the ranks of a host, because the launcher leaves every rank all of them;
+    Ranks come from the environment of the launcher or of srun; without one this is a group of a single process. On
+    a CPU the cores are shared out between the ranks of a host, because the launcher leaves every rank all of them;
     `threads` fixes the number instead (results depend on it).
     """
     global _process
@@ -67,6 +70,7 @@ def _join(torch) -> Process:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds it too, and warns
     _quiet()
+    launched.adopt()
     rank, world = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     local_world = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -96,7 +100,7 @@ def _store(torch, rank: int, world: int):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except KeyError as missing:
         raise UserError(
-            f"WORLD_SIZE={world} but {missing} is not set: start with `deepspeed --module mage_ds ...`"
+            f"WORLD_SIZE={world} but {missing} is not set: start with `deepspeed --module mage_ds ...` or srun"
         ) from None
     try:
         return torch.distributed.TCPStore(address, port, world, rank == 0, timedelta(minutes=5))
@@ -104,7 +108,8 @@ def _store(torch, rank: int, world: int):
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError(
-            f"port {port} of {address} is in use, perhaps by another run: add `--master_port {port + 1}` to `deepspeed`"
+            f"port {port} of {address} is in use, perhaps by another run: "
+            f"add `--master_port {port + 1}` to `deepspeed`, or set MASTER_PORT={port + 1} for srun"
         ) from None
 
 
@@ -282,42 +287,143 @@ class Stop:
         return store.get("stop_request").decode()
 
 
+class StopAsked(Exception):
+    """A stop is due, for the reason it says, and nothing has been saved yet."""
+
+
+def begin_stops() -> None:
+    """From here on `stop_point` counts; every rank calls it before the same work."""
+    global _stop, _points
+    _stop, _points = Stop(_process), 0
+
+
+def stop_point() -> None:
+    """Raises StopAsked where all ranks are to leave here. Every rank comes by the same points, in the same order:
+    before each micro-batch, of training or held out."""
+    global _points
+    if _stop is None:
+        return
+    _points += 1
+    if reason := _stop.due(_points - 1):
+        raise StopAsked(reason)
+
+
+def ask_to_stop(reason: str) -> None:
+    """Ask for a stop at the next point, as a signal does."""
+    global _stop_reason
+    _stop_reason = _stop_reason or reason
+
+
 def _watch_launcher() -> None:
     """End this rank when its launcher dies, or the launcher's own parent: neither tells its children.
 
     `deepspeed` starts launch.py, which starts the ranks. SIGTERM to `deepspeed` is not forwarded, and a SIGKILL
-    cannot be: a rank must look. It is asked to stop as by a signal, and ended if it does not.
+    cannot be: a rank must look. On another host launch.py is a child of sshd, which ends with the connection, or of a
+    shell of sshd's, which does not. A rank is asked to stop as by a signal, and ended if it does not.
     """
-    parent = os.getppid()
-    try:
-        if _LAUNCHER not in Path(f"/proc/{parent}/cmdline").read_bytes():
-            return
-        grandparent = _parent_of(parent)
-    except OSError:  # no /proc: nothing to watch with
+    parent, grandparent = os.getppid(), _stat_of(os.getppid())[0]
+    if grandparent < 0:  # no /proc: nothing to watch with
+        return
+    if _left_alone(parent):  # it died while this process started
+        leave(EXIT_STOPPED)
+    if not _is_launcher(parent):
         return
 
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if _is_pipe(number):
+            raw = io.BufferedWriter(_Pipe(number))
+            setattr(sys, name, io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=True))
+    above = {parent: grandparent}
+    if _is_remote_shell(grandparent):
+        above[grandparent] = _stat_of(grandparent)[0]
+
     def watch() -> None:
-        while os.getppid() == parent and _parent_of(parent) == grandparent:
+        while os.getppid() == parent and all(_stat_of(pid)[0] == its for pid, its in above.items()):
             time.sleep(0.5)
         _launcher_died()
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()
 
 
+class _Pipe(io.RawIOBase):
+    """A pipe that swallows what nobody reads any more: an error there would break the last save."""
+
+    def __init__(self, number: int):
+        self._number = number
+
+    def fileno(self) -> int:
+        return self._number
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        try:
+            return os.write(self._number, data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def _is_pipe(number: int) -> bool:
+    mode = os.fstat(number).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
 def _launcher_died() -> None:
     global _stop_reason
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
-        if stat.S_ISFIFO(os.fstat(number).st_mode):  # a pipe that nobody reads any more would break the last save
+        if _is_pipe(number):  # for what libraries say
             os.dup2(nowhere, number)
     _stop_reason = _stop_reason or "launcher died"
     time.sleep(_GRACE_S)
     os._exit(EXIT_STOPPED)
 
 
-def _parent_of(pid: int) -> int:
+def _left_alone(pid: int) -> bool:
+    """Whether this process was started by a launcher, but `pid` and its forebears are none, or it has lost its own.
+
+    `deepspeed` is in launch.py's session, init is not. Where launch.py leads one, as under ssh, nothing can be told.
+    """
+    while pid > 1 and not _is_launcher(pid):  # a wrapper may be between
+        pid = _stat_of(pid)[0]
+    if pid <= 1:
+        return "CROSS_SIZE" in os.environ  # set by launch.py alone
+    parent, session = _stat_of(pid)
+    return session not in (pid, _stat_of(parent)[1])
+
+
+def _is_remote_shell(pid: int) -> bool:
+    """Whether a process is the shell of a command that came by ssh."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text()
+        words, above = (Path(f"/proc/{each}/cmdline").read_bytes() for each in (pid, _stat_of(pid)[0]))
     except OSError:
-        return -1
-    return int(fields.rsplit(")", 1)[1].split()[1])
+        return False
+    return b"-c" in words.split(b"\0") and above.startswith(b"sshd")
+
+
+def fellows() -> int | None:
+    """How many ranks of this host live, this one among them; None where no launcher of DeepSpeed started it."""
+    parent = os.getppid()
+    try:
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        states = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for pid in children]
+    except OSError:
+        return None
+    return sum(state != "Z" for state in states) if _is_launcher(parent) else None
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        return _LAUNCHER in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _stat_of(pid: int) -> tuple[int, int]:
+    """The parent and the session of a process, -1 where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return -1, -1
+    return int(fields[1]), int(fields[3])

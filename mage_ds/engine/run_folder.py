@@ -1,156 +1,25 @@
-"""A run's folder: opened, refused or resumed; what it logs, saves and says about how it ended."""
+"""A run's folder: opened, refused or resumed, and what it says about how the run ended."""
 
 import fcntl
 import json
-import math
 import os
 import platform
 import shutil
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 from mage_ds import recipes
-from mage_ds.engine import checkpoint, process
+from mage_ds.engine import checkpoint, launched, process
 from mage_ds.errors import EXIT_BUG, EXIT_USER, Stopped, UserError
 from mage_ds.recipes.schema import Recipe
 from mage_ds.report import grids
-from mage_ds.report.progress import Progress
-from mage_ds.report.tensorboard import Board
 
 _locked = None  # the open lock file of the run folder that this process trains in
 _start = None  # what tells this start's status.json from another's
 _VERSIONS = ("torch", "deepspeed", "timm", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
-
-
-class Run:
-    """A training's folder. `step` completed steps, `position` samples of the stream they saw, `saved` the newest
-    checkpoint's step, `skipped` steps without a finite gradient."""
-
-    def __init__(self, path: Path, recipe: Recipe, facts: dict, *, steps: int, dataset: int):
-        self.path, self.recipe, self.facts, self.steps = path, recipe, facts, steps
-        self.seed, self.step, self.saved, self.skipped = recipe.seed, 0, 0, 0
-        self._first = process.start().first
-        self._every = {
-            what: recipes.resolve(getattr(recipe.report, f"{what}_every"), samples=dataset, batch=recipe.batch)
-            for what in ("evaluate", "pictures", "checkpoint")
-        }
-        self._progress = self._metrics = self._board = None
-
-    @property
-    def position(self) -> int:
-        return self.step * self.recipe.batch
-
-    # --- starting --------------------------------------------------------------------------------------------
-
-    def resume(self, engines: dict, folder: Path | None, meta: dict | None = None) -> None:
-        """Set the engines to a checkpoint (None: start at step 0) and drop what was logged after it.
-
-        meta: the checkpoint's, where its files have been verified already.
-        """
-        if folder is not None:
-            meta = checkpoint.load(folder, engines, meta)
-            self.step = self.saved = meta["step"]
-            self.skipped = meta["skipped"]
-            process.say(f"resumed {self.path} at step {self.step} from {folder.name}")
-        process.on_first(self._rewind)
-
-    def _rewind(self) -> None:
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= self.step]
-            _write_aside(path, "".join(f"{line}\n" for line in kept))
-
-    def begin(self, *, flops_per_image: float | None, peak_flops: float | None) -> None:
-        """Open the logs; from here on the run is `running`."""
-        self._progress = Progress(
-            self.steps,
-            self.step,
-            images_per_step=self.recipe.batch,
-            flops_per_image=flops_per_image,
-            peak_flops=peak_flops,
-            console=self._first,
-        )
-        if self._first:
-            self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._board = Board(self.path / "tensorboard", purge_step=self.step + 1)
-        self._status("running")
-
-    # --- while it runs ---------------------------------------------------------------------------------------
-
-    def log_due(self, step: int) -> bool:
-        return step % self.recipe.report.log_every == 0 or step in (1, self.steps)
-
-    def due(self, what: str, step: int) -> bool:
-        every = self._every[what]
-        return step == self.steps or (every > 0 and step % every == 0)
-
-    def end_of_step(self, step: int, engines: dict, figures: dict, evaluate, pictures) -> None:
-        """After `step` completed steps: log, evaluate, draw, save, each when it is due. All ranks call it."""
-        self.step = step
-        self._progress.advance(step)
-        if figures:
-            self._log(self._progress.record(step, figures))
-        if evaluate and self.due("evaluate", step):
-            self._log_evaluation(step, evaluate(engines, step))
-        if pictures and self.due("pictures", step):
-            self._draw(step, pictures(engines, step))
-        if self.due("checkpoint", step):
-            self.save(engines)
-
-    def _log(self, record: dict) -> None:
-        if self._first:
-            self._metrics.write(json.dumps(record) + "\n")
-            self._board.scalars(record["step"], {f"train/{key}": value for key, value in record.items()})
-            self._progress.show(record)
-
-    def _log_evaluation(self, step: int, figures: dict) -> None:
-        if self._first and figures:
-            plain = {key: value if math.isfinite(value) else None for key, value in figures.items()}
-            self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
-            self._board.scalars(step, figures)
-            shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items())
-            self._progress.say(f"step {step:{len(str(self.steps))}d}/{self.steps}  {shown}")
-
-    def _draw(self, step: int, picture) -> None:
-        if self._first and picture is not None:
-            (self.path / "pictures").mkdir(exist_ok=True)
-            grids.save(picture, self.path / "pictures" / f"step_{step:06d}.png")
-            self._board.picture(step, "pictures", picture)
-
-    def save(self, engines: dict) -> None:
-        """Publish a checkpoint of the last completed step, unless it is there already."""
-        if self.saved == self.step:
-            return
-        facts = {"position": self.position, "skipped": self.skipped, **self.facts}
-        checkpoint.save(self.path, self.step, engines, facts, keep=self.recipe.report.keep)
-        self.saved = self.step
-        self._status("running")
-
-    # --- ending ----------------------------------------------------------------------------------------------
-
-    def stop(self, reason: str, engines: dict) -> None:
-        """Save the last completed step because of `reason`; the open accumulation is left behind."""
-        process.say(f"{reason}: stopping; saving step {self.step}")
-        if self.step:
-            self.save(engines)
-        if self._first:
-            self._board.close()
-
-    def finish(self) -> None:
-        """Close the logs of a run that reached its last step, and draw its loss curve."""
-        process.say(self._progress.summary())
-        if self._first:
-            self._board.close()
-            self._metrics.close()
-            close_books(self.path, step=self.step, steps=self.steps)
-        process.barrier()
-
-    def _status(self, state: str, reason: str = "") -> None:
-        if self._first:
-            write_status(self.path, state, reason, step=self.step, steps=self.steps)
 
 
 def close_books(path: Path, **facts) -> None:
@@ -187,11 +56,15 @@ def write_status(path: Path, state: str, reason: str = "", **facts) -> None:
     status |= {"host": socket.gethostname(), "pid": os.getpid()}
     if "exit_code" not in facts:
         status.pop("exit_code", None)
+    text = json.dumps(status, indent=1) + "\n"
     try:
-        _write_aside(path / "status.json", json.dumps(status, indent=1) + "\n")
+        write_aside(path / "status.json", text)
     except OSError:
         if state == "running":
             raise
+        with suppress(OSError), open(path / "status.json", "r+") as file:  # a full disk has room for what is there
+            file.write(text)
+            file.truncate()
 
 
 def read_status(path: Path) -> dict:
@@ -271,16 +144,16 @@ def create(out: Path, recipe: Recipe, facts: dict, config: dict, save_tokenizer)
         _lock(out)
         new = not (out / "recipe.yaml").exists()
         if new:
-            _write_aside(out / "facts.json", json.dumps(facts, indent=1) + "\n")
-        _write_aside(out / "ds_config.json", json.dumps(config, indent=1) + "\n")
-        _write_aside(out / "environment.json", json.dumps(environment(), indent=1) + "\n")
+            write_aside(out / "facts.json", json.dumps(facts, indent=1) + "\n")
+        write_aside(out / "ds_config.json", json.dumps(config, indent=1) + "\n")
+        write_aside(out / "environment.json", json.dumps(environment(), indent=1) + "\n")
         if save_tokenizer is not None and new:
             aside = out / ".tokenizer.part"
             for stale in (aside, out / "tokenizer"):
                 shutil.rmtree(stale, ignore_errors=True)
             save_tokenizer(aside)
             os.rename(aside, out / "tokenizer")
-        _write_aside(out / "recipe.yaml", recipes.dump(recipe))  # last: with it the folder is a run folder
+        write_aside(out / "recipe.yaml", recipes.dump(recipe))  # last: with it the folder is a run folder
         start = f"{socket.gethostname()} {os.getpid()} {time.time():.3f}"
         write_status(out, "running", start=start)
         return start
@@ -337,6 +210,7 @@ def environment() -> dict:
         "machine": platform.platform(),
         "device": str(me.device),
         "world_size": me.world,
+        "slurm": launched.slurm(),
     }
 
 
@@ -345,17 +219,15 @@ def load_recipe(run: Path) -> Recipe:
     return recipes.load_recipe(str(run / "recipe.yaml"))
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that a kill cut off
-
-
-def _write_aside(path: Path, text: str) -> None:
+def write_aside(path: Path, text: str) -> None:
+    """Write a file so that it is the old or the new one, whole, at any moment."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from mage_ds import recipes
-from mage_ds.engine import checkpoint, ds_config, optim, process, run_folder, wrap
+from mage_ds.engine import checkpoint, ds_config, hosts, optim, process, run_folder, watch, wrap
 from mage_ds.engine.loop import Limits
-from mage_ds.engine.run_folder import Run
-from mage_ds.errors import UserError
+from mage_ds.engine.run import Run, owed
+from mage_ds.errors import EXIT_BUG, UserError
 from mage_ds.inputs import dali
 from mage_ds.inputs.catalog import Catalog
 from mage_ds.inputs.quarantine import Quarantine
@@ -76,6 +76,7 @@ def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest
         raise UserError(f"duration = {recipe.duration.model_dump()}: is no step of {recipe.batch} samples")
     if note:
         process.say(note)
+    hosts.check_shared(options.out)
     source = process.on_first(
         lambda: run_folder.choose_start(options.out, recipe, facts, options.resume, options.extend)
     )
@@ -99,7 +100,7 @@ def _same_micro_batch(recipe: Recipe, out: Path, world: int) -> Recipe:
 def already_done(plan: Plan) -> bool:
     """Says so where the run has reached its last step, and ends one that was killed just before it said so."""
     out = plan.options.out
-    if not plan.done:
+    if not plan.done or process.on_first(lambda: owed(out, checkpoint.read_meta(plan.source))):
         return False
     if process.start().first and run_folder.read_status(out).get("state") != "finished":
         run_folder.close_books(out, step=plan.steps, steps=plan.steps)
@@ -126,6 +127,7 @@ def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None
     start, meta = process.on_first(partial(_claim, plan, save_tokenizer))
     run_folder.own(start)
     process.log_to_file(out / "logs")
+    watch.write_to(out / "logs", partial(run_folder.write_status, out, "failed", exit_code=EXIT_BUG))
     engines = {name: wrap.wrap(model, recipe, plan.config, me.device) for name, model in models.items()}
     run = Run(out, recipe, plan.facts, steps=plan.steps, dataset=plan.dataset)
     run.resume(engines, plan.source, meta)

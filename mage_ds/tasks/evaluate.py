@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mage_ds.engine import inference, process, stored
+from mage_ds.engine import inference, process, retention, stored
 from mage_ds.errors import UserError
 from mage_ds.evaluation import readable as judge
 from mage_ds.inputs.catalog import Catalog, open_catalog
@@ -63,6 +63,8 @@ def _evaluate(source: Path, reference: Path, run, out: Path) -> dict:
             held_out, rebuilt = tokenizer.tokenize(validation)
             rows["reconstructions"] = _row(classifier, rebuilt, train, validation.labels)
             copies["validation pictures"] = judge.share_copied(held_out, known)
+        if tokens is not None and "checkpoint" in manifest:
+            retention.pin(retention.folder_of(run, manifest["checkpoint"]), f"evaluated in {source}")
     results = {
         "source": str(source.resolve()),
         "reference": str(reference.resolve()),

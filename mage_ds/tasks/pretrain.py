@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mage_ds import keyed
-from mage_ds.engine import held_out, loop, planner, process, run_folder, stored, training, wrap
+from mage_ds.engine import held_out, loop, planner, process, run_folder, stored, training, watch, wrap
 from mage_ds.engine.training import Options, Plan
 from mage_ds.errors import UserError
 from mage_ds.inputs.catalog import open_catalog
@@ -39,7 +39,7 @@ def pretrain(
     options = Options(Path(out), deepspeed_config, resume, extend)
     process.start()
     process.stop_on_signals()
-    with run_folder.ending(options.out):
+    with run_folder.ending(options.out), watch.armed(recipe.machine.hang_timeout):
         catalog, validation = open_catalog(data, "train"), open_catalog(data, "val")
         vqgan, info = _tokenizer(tokenizer, recipe, options.out)
         with torch.device("meta"):
@@ -179,7 +179,7 @@ def _painter(plan: Plan, catalog, vqgan: Vqgan):
         with torch.no_grad():
             filled = torch.where(masked, engine(tokens, masked).argmax(-1), tokens)
             sampled = decode(
-                engine,
+                held_out.stoppable(engine),
                 torch.zeros_like(tokens),
                 torch.ones_like(masked),
                 steps=recipe.sampling.steps,

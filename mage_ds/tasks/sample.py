@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mage_ds.engine import inference, process, stored
+from mage_ds.engine import inference, process, retention, stored
 from mage_ds.errors import UserError
 from mage_ds.report import pictures
 from mage_ds.report.progress import duration
@@ -52,6 +52,11 @@ def sample(
     for name, value in given.items():
         if value is not None and not least[name] <= value <= _MOST:
             raise UserError(f"--{name} {value}: must be from {least[name]} to {_MOST:,}")
+    stored.open_run(run, "pretrain")
+    folder = process.on_first(lambda: retention.find(run, checkpoint))
+    if not process.on_first(lambda: retention.pin(folder, f"sampled into {out}")):
+        process.say(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it")
+    checkpoint = int(folder.name.removeprefix("step_"))
     paint, settings = _load(run, checkpoint, steps, temperature, seed, round)
     if batch is None:
         before = process.on_first(lambda: pictures.read_manifest(out)) or {}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mage_ds import keyed
-from mage_ds.engine import held_out, loop, planner, process, run_folder, training, wrap
+from mage_ds.engine import held_out, loop, planner, process, run_folder, training, watch, wrap
 from mage_ds.engine.training import Options, Plan
 from mage_ds.inputs.catalog import open_catalog
 from mage_ds.models import Vqgan
@@ -33,7 +33,7 @@ def train_tokenizer(
     options = Options(Path(out), deepspeed_config, resume, extend)
     process.start()
     process.stop_on_signals()
-    with run_folder.ending(options.out):
+    with run_folder.ending(options.out), watch.armed(recipe.machine.hang_timeout):
         catalog, validation = open_catalog(data, "train"), open_catalog(data, "val")
         with torch.device("meta"):
             outline = Vqgan(**recipe.model.model_dump())

@@ -17,7 +17,7 @@ import tiny
 import torch
 
 from mage_ds.engine import checkpoint, process, state
-from mage_ds.engine.run_folder import Run
+from mage_ds.engine.run import Run
 from mage_ds.errors import Stopped, UserError
 from mage_ds.tasks import pretrain
 

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,12 +190,6 @@ def test_a_meta_that_is_none(run, engine, text):
 # --- writing
 
 
-def test_the_newest_are_kept(tmp_path, engine):
-    for step in (1, 2, 3, 10):
-        save(tmp_path, engine, step, keep=2)
-    assert entries(tmp_path) == ["latest", "step_000003", "step_000010"]
-
-
 def test_what_a_kill_left_behind_is_cleaned_up(run, engine):
     for name in (".step_000001.gone", ".step_000003.part", ".step_000007.part"):
         (run / "checkpoints" / name).mkdir()
@@ -236,18 +232,100 @@ def test_a_file_in_the_place_of_the_folder(tmp_path, engine):
         save(tmp_path, engine, 1)
 
 
-def test_a_disk_that_is_really_full(tmp_path, engine, numbers):
-    size = sum(len(value) * 4 for value in map(torch.flatten, tiny.full_state(engine).values()))
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.6)}", "tmpfs", str(tmp_path)], capture_output=True
-    )
-    if made.returncode:
+@pytest.fixture
+def small_disk(tmp_path, engine):
+    """A disk with room for one and a half checkpoints."""
+    size = int(checkpoint.size_of({"mage": engine}) * 1.5)
+    line = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path)]
+    if subprocess.run(line, capture_output=True).returncode:
         pytest.skip("needs the right to mount")
-    try:
-        save(tmp_path, engine, 1)
-        with pytest.raises(UserError, match=r"step_000002: cannot be .*No space left"):
-            save(tmp_path, engine, 2)
-        assert entries(tmp_path) == ["latest", "step_000001"]
-        assert tiny.equal(tiny.full_state(engine), tiny.stored_state(checkpoint.find(tmp_path)))
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("filled", ["before", "meanwhile"])
+def test_a_disk_that_is_really_full(small_disk, engine, monkeypatch, filled):
+    save(small_disk, engine, 1)
+    if filled == "meanwhile":  # by something else, after there was room
+        monkeypatch.setattr(checkpoint, "check_room", lambda *_: None)
+    told = (
+        r"a checkpoint needs 0\.\d MB, 0\.\d MB are free" if filled == "before" else "step_000002: cannot be .*No space"
+    )
+    with pytest.raises(UserError, match=f"{told}.*the checkpoint of step 1 is kept; make room"):
+        save(small_disk, engine, 2)
+    assert entries(small_disk) == ["latest", "step_000001"]
+    assert tiny.equal(tiny.full_state(engine), tiny.stored_state(checkpoint.find(small_disk)))
+    checkpoint.verified(checkpoint.find(small_disk))
+
+
+def test_the_size_is_known_before(run, engine):
+    size = sum(path.stat().st_size for path in checkpoint.find(run).iterdir())
+    numbers = sum(p.numel() for p in engine.module.parameters())
+    assert 12 * numbers < size < checkpoint.size_of({"mage": engine})
+    meta = checkpoint.read_meta(checkpoint.find(run))
+    assert set(meta["seconds"]) == {"gather", "write", "verify"} and min(meta["seconds"].values()) > 0
+
+
+PLACES = [
+    ("while writing", [1]),
+    ("before meta", [1]),
+    ("before the rename", [1]),
+    ("before the link", [1, 2]),
+    ("before pruning", [1, 2]),
+    ("while pruning", [2]),
+]
+
+
+def end_at(where: str, end, patch=setattr) -> None:
+    """end() is called at a place of a save."""
+    write, written = checkpoint.save_file, []
+    places = {
+        "while writing": (checkpoint, "save_file", lambda *args: end() if written else written.append(write(*args))),
+        "before meta": (checkpoint, "_publish", end),
+        "before the rename": (os, "rename", end),
+        "before the link": (os, "replace", end),
+        "before pruning": (checkpoint.retention, "prune", end),
+        "while pruning": (shutil, "rmtree", end),
+    }
+    patch(*places[where])
+
+
+class Killed(BaseException):
+    """Nothing in a save catches it, as nothing does after SIGKILL."""
+
+
+@pytest.mark.parametrize(("where", "left"), PLACES)
+def test_an_end_while_saving_leaves_a_whole_checkpoint(tmp_path, engine, monkeypatch, where, left):
+    def end(*args, **options):
+        raise Killed
+
+    save(tmp_path, engine, 1)
+    with monkeypatch.context() as patched:
+        end_at(where, end, patched.setattr)
+        with pytest.raises(Killed):
+            save(tmp_path, engine, 2, keep=1)
+    assert checkpoint.steps(tmp_path) == left
+    for step in left:
+        checkpoint.verified(checkpoint.folder_of(tmp_path, step))
+    save(tmp_path, engine, 3, keep=1)
+    assert entries(tmp_path) == ["latest", "step_000003"]
+
+
+@pytest.mark.processes
+def test_a_real_kill_between_writing_and_publishing(tmp_path, engine):
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import tiny, test_checkpoint
+tiny.process.start(threads=1)
+engine = tiny.engine_of(tiny.recipe(), 1)
+test_checkpoint.save(test_checkpoint.Path({str(tmp_path)!r}), engine, 1)
+test_checkpoint.end_at("before the rename", lambda *args: os.kill(os.getpid(), 9))
+test_checkpoint.save(test_checkpoint.Path({str(tmp_path)!r}), engine, 2)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert entries(tmp_path) == [".step_000002.part", "latest", "step_000001"]
+    checkpoint.load(checkpoint.find(tmp_path), {"mage": engine})
+    save(tmp_path, engine, 2)
+    assert entries(tmp_path) == ["latest", "step_000001", "step_000002"]

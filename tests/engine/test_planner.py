@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mage_ds import recipes
-from mage_ds.engine import planner
+from mage_ds.engine import memory, planner, wrap
 from mage_ds.models import Mage, Vqgan
 from mage_ds.models.masking import masks
 from mage_ds.tasks import pretrain
@@ -99,3 +99,67 @@ def test_largest_micro_batch(monkeypatch):
     assert planner.largest_micro_batch(2**30, cpu, 2) == 4
     assert planner.largest_micro_batch(2**40, cpu, 1) == 1  # one has to be tried
     assert planner.largest_micro_batch(1, cpu, 1) == 32  # more would gain nothing
+
+
+# --- memory, against real tensors
+
+SMALL = ["batch=4", "model.encoder={depth: 3, width: 64, heads: 4}", "model.decoder={depth: 2, width: 64, heads: 4}"]
+
+
+def really_kept(numbers, which: str, images: int, dtype: torch.dtype) -> int:
+    """Bytes alive at the end of a real forward pass, without the weights."""
+    model = planner.model_of(numbers).to(dtype)
+    for block in wrap.recomputed(wrap._blocks(model), which):
+        wrap._recompute(block)
+    with memory.Live(model.parameters()) as live:
+        own = live.now
+        loss = planner.loss_on_made_inputs(numbers, model, images, dtype)
+        kept = live.now - own
+    assert loss.isfinite()
+    return kept
+
+
+@pytest.mark.parametrize("name, dtype", [("digits_mage", torch.float32), ("digits_tokenizer", torch.bfloat16)])
+def test_activations_of_a_real_step(name, dtype):
+    numbers = recipes.load_recipe(name, SMALL if name == "digits_mage" else [])
+    planned = planner.activations(numbers, dtype, gpu=False)
+    for which in planner.CHECKPOINTING:
+        for images in (2, 5):
+            assert planned[which].kept(images) == pytest.approx(really_kept(numbers, which, images, dtype), rel=0.05)
+
+
+def test_live_follows_storages():
+    with memory.Live([kept := torch.ones(10)]) as live:
+        assert live.now == 40
+        view, more = kept.view(2, 5), torch.zeros(100)
+        assert live.now == 440
+        del more
+        assert (live.now, live.peak) == (40, 440) and view.shape == (2, 5)
+        x = torch.ones(50, requires_grad=True)
+        y = x.exp().sin()  # each keeps something without a Python object
+        assert live.now == 40 + 3 * 200
+        del x, y
+        assert live.now == 40
+
+
+def test_a_gpu_keeps_no_attention_weights():
+    """A CPU keeps softmax, dropout's noise and their product, float32 (B, H, L, L) each, and copies of q, k, v."""
+    numbers = recipes.load_recipe("digits_mage", SMALL)
+    cpu, gpu = (planner._kept(numbers, 2, torch.float32, where)["none"] / 2 for where in (False, True))
+    length = (1 + numbers.model.tokens, 1 + numbers.model.tokens - int(numbers.masking.drop * numbers.model.tokens))
+    squares = 4 * (2 * length[0] ** 2 + 3 * length[1] ** 2)
+    assert cpu - gpu > 3 * 4 * squares
+    assert torch.nn.functional.scaled_dot_product_attention is not planner._fused_attention
+
+
+def test_parameters_of_vit_base():
+    assert sum(planner.parameters(recipes.load_recipe("pretrain_vit_base"))) == 144_128_514
+
+
+def test_flops_of_a_recipe():
+    numbers = recipes.load_recipe("pretrain_vit_base", ["model.vocabulary=2025"])
+    assert planner.flops_per_image(numbers) == pytest.approx(162.7e9 + 128.8e9, rel=0.01)
+    tokenizer = recipes.load_recipe("digits_tokenizer")
+    with torch.device("meta"):
+        model, picture = planner.model_of(tokenizer), torch.zeros(1, 3, 32, 32)
+    assert planner.flops_per_image(tokenizer) == 3 * planner.forward_flops(lambda: model(picture))

@@ -11,7 +11,8 @@ import tiny
 
 from mage_ds import recipes
 from mage_ds.engine import checkpoint, process, run_folder, training
-from mage_ds.engine.run_folder import Run, choose_start
+from mage_ds.engine.run import Run
+from mage_ds.engine.run_folder import choose_start
 from mage_ds.errors import Stopped, UserError
 
 FACTS = {"data": "pictures A", "tokenizer": "tokenizer A"}

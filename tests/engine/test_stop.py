@@ -104,7 +104,7 @@ def test_a_stop_saves_the_last_completed_step(me, signals, tmp_path):
     import tiny
 
     from mage_ds.engine import checkpoint
-    from mage_ds.engine.run_folder import Run
+    from mage_ds.engine.run import Run
     from mage_ds.errors import Stopped
 
     numbers = tiny.recipe("batch=32")

@@ -62,6 +62,8 @@ class Stream:
 class Recorder:
     """What the loop needs of a run, in memory."""
 
+    spikes = None
+
     def __init__(self, numbers, step: int = 0, hook=None):
         self.batch, self.seed, self.step, self.skipped, self.saved = numbers.batch, numbers.seed, step, 0, 0
         self.path, self.figures, self.hook = Path("recorded"), [], hook
@@ -72,6 +74,9 @@ class Recorder:
 
     def log_due(self, step: int) -> bool:
         return True
+
+    def catch_up(self, engines, evaluate, pictures) -> None:
+        pass
 
     def end_of_step(self, step, engines, figures, evaluate, pictures) -> None:
         self.step = step
@@ -110,7 +115,7 @@ def schedule_of(numbers):
     )
 
 
-def train(engine, numbers, steps: int, run=None, step_fn=None):
+def train(engine, numbers, steps: int, run=None, step_fn=None, **callbacks):
     """Train to `steps` by the real loop and the real step of pre-training; returns the run."""
     me, run = process.start(), run or Recorder(numbers)
     accumulation = numbers.batch // numbers.machine.micro_batch // me.world
@@ -121,6 +126,7 @@ def train(engine, numbers, steps: int, run=None, step_fn=None):
         {"mage": schedule_of(numbers)},
         run,
         loop.Limits(steps, accumulation, numbers.report.max_skipped),
+        **callbacks,
     )
     return run
 

@@ -135,6 +135,12 @@ def test_the_manifest_says_everything(ran):
     assert manifest["run"] == str(root / "run") and set(manifest["versions"]) == {"torch", "deepspeed", "numpy"}
 
 
+def test_what_is_sampled_from_is_pinned(ran):
+    root = ran[0]
+    pins = (root / "run" / "checkpoints" / "step_000007" / "pinned").read_text().splitlines()
+    assert pins[:2] == [f"sampled into {root / 'a'}", f"sampled into {root / 'b'}"] and len(set(pins)) == len(pins)
+
+
 def test_mistakes_are_one_line_and_change_nothing(ran):
     root, _, results, _ = ran
     said = {
