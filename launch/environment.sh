@@ -1,7 +1,9 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts, not started. Makes sure that this machine can run mage_ds, then puts its environment
 # first on the PATH: the active virtual environment, or .venv of the checkout. What is finished is not done again.
 #
-# Gives the scripts: ROOT (the checkout), stage TITLE TIME, fail MESSAGE; and stops them at the first error with one line.
+# Gives the scripts: ROOT (the checkout), stage TITLE TIME, fail MESSAGE, find_accelerators; and stops them at the first
+# error with one line.
 
 set -Eeuo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -43,17 +45,22 @@ sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists()
 }
 
 install_packages() {
-    local python=$1 missing
-    missing=$(missing_packages "$python" | xargs)
+    local missing
+    missing=$(missing_packages "$1" | xargs)
     [ -n "$missing" ] || return 0
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         fail "missing: $missing. As root on Debian or Ubuntu: apt-get install $missing"
     fi
-    stage "installing Debian packages: $missing" "1 minute"
     # shellcheck disable=SC2086  # a list of words
+    apt_install $missing
+}
+
+apt_install() {
+    stage "installing Debian packages: $*" "1 minute"
     if ! { apt-get update -qq &&
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing; } >"$SETUP_LOG" 2>&1; then
-        fail "apt-get could not install $missing: $(tail -n 1 "$SETUP_LOG") (all of it: $SETUP_LOG)"
+        DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "$@"; } \
+        >"$SETUP_LOG" 2>&1; then
+        fail "apt-get could not install $*: $(tail -n 1 "$SETUP_LOG") (all of it: $SETUP_LOG)"
     fi
 }
 
@@ -89,6 +96,18 @@ install_python_packages() {
         fail "pip could not install the packages: $(grep -i error "$SETUP_LOG" | tail -n 1) (all of it: $SETUP_LOG)"
     fi
     printf '%s\n' "$wanted" >"$stamp"
+}
+
+# ACCELERATORS: the number of this machine's GPUs; without any, of two ranks on the CPU's cores (DS_ACCELERATOR=cpu).
+find_accelerators() {
+    ACCELERATORS=0
+    if [ "${DS_ACCELERATOR:-cuda}" = cuda ] && command -v nvidia-smi >/dev/null; then
+        ACCELERATORS=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || ACCELERATORS=0
+    fi
+    if [ "$ACCELERATORS" = 0 ]; then
+        export DS_ACCELERATOR=cpu
+        ACCELERATORS=$(python -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
+    fi
 }
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then

@@ -30,18 +30,11 @@ mage_trained() { says "$MAGE/status.json" state finished; }
 sampled() { says "$SAMPLES/manifest.json" complete True && [ "$SAMPLES/manifest.json" -nt "$MAGE/checkpoints/latest/meta.json" ]; }
 evaluated() { [ "$SAMPLES/results.json" -nt "$SAMPLES/manifest.json" ]; }
 
-# The accelerators of this machine, or two processes on the CPU's cores. A power of two, which divides the batch.
+# A power of two, which divides the batch.
 count_processes() {
-    local found=0
-    if [ "${DS_ACCELERATOR:-cuda}" = cuda ] && command -v nvidia-smi >/dev/null; then
-        found=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || found=0
-    fi
-    if [ "$found" = 0 ]; then
-        export DS_ACCELERATOR=cpu
-        found=$(python -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
-    fi
+    find_accelerators
     PROCESSES=1
-    while [ $((2 * PROCESSES)) -le "$found" ]; do PROCESSES=$((2 * PROCESSES)); done
+    while [ $((2 * PROCESSES)) -le "$ACCELERATORS" ]; do PROCESSES=$((2 * PROCESSES)); done
 }
 
 # What mage_ds says reaches the screen; all else, the launcher's lines too, stands in the log only.

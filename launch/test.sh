@@ -3,7 +3,7 @@
 #
 #   fast       ruff, and the tests that start no processes: 2 minutes
 #   (nothing)  ruff, and all tests but the long ones and those that need a GPU: 5 minutes on 2 cores
-#   full       all tests but those that need a GPU
+#   full       all tests but those that need a GPU; as root on Debian it installs ssh, pdsh and SLURM for the cluster tests
 #   gpu        the tests that need a GPU
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -26,6 +26,16 @@ if [ "$selection" != gpu ]; then
     export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu # the same tests on every machine
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# The tests of clusters start an sshd in network namespaces, and a SLURM. Without root they say that they are skipped.
+if [ "$selection" = full ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    packages=$(PATH=$PATH:/usr/sbin:/sbin
+        for pair in pdsh:pdsh ssh:openssh-client sshd:openssh-server ip:iproute2 munged:munge slurmctld:slurm-wlm; do
+            command -v "${pair%:*}" >/dev/null || echo "${pair#*:}"
+        done | xargs)
+    # shellcheck disable=SC2086  # a list of words
+    [ -z "$packages" ] || apt_install $packages
+fi
 
 stage "ruff" "2 seconds"
 ruff check || fail "ruff check found something (above)"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mage_ds
+from mage_ds.engine import launched
 from mage_ds.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 
 _METRICS = ("readable",)
@@ -34,6 +35,7 @@ class _Verb(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code; an unexpected exception keeps its traceback (exit code 1)."""
+    launched.adopt()
     try:
         _run(sys.argv[1:] if argv is None else list(argv))
         return 0
@@ -62,29 +64,43 @@ def _several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+class _Group(NamedTuple):
+    """A verb of several words: `mage-ds bench WHAT`."""
+
+    summary: str
+    verbs: dict[str, _Verb]
+
+
 def _run(argv: list[str]) -> None:
+    prog, verb, rest = "mage-ds", _Group(mage_ds.__doc__.split("\n", 1)[0], _VERBS), argv
+    while isinstance(verb, _Group):
+        word, rest = _choose(prog, verb, rest)
+        prog, verb = f"{prog} {word}", verb.verbs[word]
     parser = _Parser(
-        prog="mage-ds",
-        description=mage_ds.__doc__.split("\n", 1)[0],
-        epilog="verbs:\n" + "\n".join(f"  {name:9} {verb.summary}" for name, verb in _VERBS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=mage_ds.__version__)
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    parser.add_argument("verb", choices=_VERBS, metavar="VERB", help="see below; each has its own --help")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
-    top = parser.parse_args(argv)
-    verb = _VERBS[top.verb]
-    parser = _Parser(
-        prog=f"mage-ds {top.verb}",
+        prog=prog,
         description=verb.summary,
         epilog=f"example:\n{verb.example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     verb.arguments(parser)
-    verb.call(parser.parse_intermixed_args(top.rest))
+    verb.call(parser.parse_intermixed_args(rest))
+
+
+def _choose(prog: str, group: _Group, argv: list[str]) -> tuple[str, list[str]]:
+    parser = _Parser(
+        prog=prog,
+        description=group.summary,
+        epilog="verbs:\n" + "\n".join(f"  {name:11} {verb.summary}" for name, verb in group.verbs.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=mage_ds.__version__)
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    parser.add_argument("verb", choices=group.verbs, metavar="VERB", help="see below; each has its own --help")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    top = parser.parse_args(argv)
+    return top.verb, top.rest
 
 
 def _say(message: str) -> None:
@@ -117,19 +133,23 @@ def _number(kind: type, low: float, high: float | None = None) -> Callable[[str]
     return parse
 
 
-_count = _number(int, 1)
+_count, _positive = _number(int, 1), _number(float, 1e-9)
 
 
-def _metrics(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in _METRICS:
-            raise argparse.ArgumentTypeError(f"{name}: must be one of {', '.join(_METRICS)}")
-    return names
+def _some(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """An argparse type: a list of known names, with commas."""
+
+    def parse(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name}: must be one of {', '.join(known)}")
+        return text.split(",")
+
+    return parse
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", nargs="?", metavar="SRC", help="your folder of pictures, or of class folders")
+    parser.add_argument("src", nargs="?", metavar="SRC", help="your folder of pictures, of class folders, or of tars")
     parser.add_argument("--sample", choices=("digits", "photos"), help="pictures of an installed package instead")
     parser.add_argument("--out", metavar="DATA", help="folder for the good pictures; without it SRC is only checked")
     parser.add_argument(
@@ -201,19 +221,99 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="folder of pictures that `sample` made")
     parser.add_argument("--reference", required=True, metavar="DATA", help="folder of labelled real pictures")
     parser.add_argument(
-        "--metrics", type=_metrics, default=["readable"], metavar="LIST", help=f"of {', '.join(_METRICS)}"
+        "--metrics", type=_some(_METRICS), default=["readable"], metavar="LIST", help=f"of {', '.join(_METRICS)}"
     )
     parser.add_argument("--run", help="run of the samples: adds rows for its reconstructions and for copying")
     parser.add_argument("--out", metavar="DIR", help="folder for results.json (SOURCE)")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hostfile", metavar="H", help="examine its hosts, through ssh (this host)")
+    parser.add_argument("--ssh_port", type=_number(int, 1, 65535), metavar="P", help="where their sshd listens (22)")
+    parser.add_argument("--shared", metavar="PATH", help="folder that all hosts should see: that of your runs")
+    parser.add_argument("--data", metavar="DATA", help="data set to list and decode (made pictures)")
+    parser.add_argument("--json", dest="answers", action="store_true", help=argparse.SUPPRESS)  # what it runs there
+    parser.add_argument("--wire", dest="rank", action="store_true", help=argparse.SUPPRESS)  # what it launches
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="a recipe's name, or a .yaml file")
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="RECIPE", help="a name that `mage-ds recipes` lists, or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="GPUs in all")
+    parser.add_argument("--gpu-memory", type=_positive, required=True, metavar="GIB", help="memory of one GPU, GiB")
+    parser.add_argument("--hosts", type=_count, default=1, metavar="H", help="hosts that they are in (1)")
+    parser.add_argument("--mfu", type=_number(float, 0.001, 1), metavar="M", help="used share of the peak, as measured")
+    parser.add_argument("--peak", type=_positive, default=989.0, metavar="TFLOPS", help="of one GPU (989: H100, bf16)")
+    parser.add_argument("--price", type=_number(float, 0), metavar="DOLLARS", help="of an hour of one GPU")
+    parser.add_argument(
+        "--samples", type=_count, default=1_281_167, metavar="N", help="pictures of the data set (ImageNet-1K's)"
+    )
+
+
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    stages, choices = ("0", "1", "2", "3", "2_offload", "3_offload"), ("none", "selective", "full")
+    parser.add_argument("name", metavar="RECIPE", help="a name that `mage-ds recipes` lists, or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+    parser.add_argument(
+        "--stages", type=_some(stages), default=["1", "2", "3"], metavar="LIST", help=f"of {','.join(stages)} (1,2,3)"
+    )
+    parser.add_argument(
+        "--checkpointing", type=_some(choices), default=list(choices), metavar="LIST", help=f"of {','.join(choices)}"
+    )
+
+
+def _listing_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--files", type=_count, default=1_300_000, metavar="N", help="pictures to make (1,300,000)")
+    parser.add_argument("--folders", type=_count, default=1000, metavar="N", help="class folders, or tars (1,000)")
+    parser.add_argument("--dir", default=".", metavar="DIR", help="where; removed afterwards (here)")
+    parser.add_argument("--tars", action="store_true", help="tars with .cls labels instead of hard links in folders")
+
+
+def _save_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="RECIPE", help="a name that `mage-ds recipes` lists, or RUN/recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+    parser.add_argument("--dir", dest="where", default=".", metavar="DIR", help="disk to save on; cleaned up (here)")
+    parser.add_argument("--deepspeed_config", default="zero1", metavar="JSON|NAME", help="as of `train` (zero1)")
+    parser.add_argument("--images-per-s", type=_positive, metavar="R", help="of the training: how much saving takes")
+    parser.add_argument(
+        "--samples", type=_count, default=1_281_167, metavar="N", help="pictures of the data set (ImageNet-1K's)"
+    )
+
+
+def _checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder")
+    parser.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
+
+
+_BENCHES = {
+    "listing": _Verb(
+        "time and memory of opening a large data set, with and without its cache",
+        "  mage-ds bench listing --dir /mnt/data",
+        _listing_arguments,
+        lambda args: _task("bench_listing", "listing", **vars(args)),
+    ),
+    "save": _Verb(
+        "seconds that a checkpoint takes, and its share of the training time",
+        "  mage-ds bench save pretrain_vit_base --images-per-s 4000 --dir /mnt/runs",
+        _save_arguments,
+        lambda args: _task("bench_save", "save", **vars(args)),
+    ),
+    "scale": _Verb(
+        "memory by kind and images/s of real steps, beside what `plan` says",
+        "  deepspeed --num_accelerators 2 --module mage_ds bench scale pretrain_vit_base machine.micro_batch=2 \\\n"
+        "      --stages 1,2,3 --checkpointing none,full",
+        _scale_arguments,
+        lambda args: _task("bench", "scale", **vars(args)),
+    ),
+}
+
 _VERBS = {
     "prepare": _Verb(
-        "check a folder of pictures, and split it into train/ and val/",
+        "check a folder of pictures or tars, and split it into train/ and val/",
         "  mage-ds prepare --sample digits --out work/digits\n"
         "  mage-ds prepare ~/pictures --out work/mine --val-fraction 0.1",
         _prepare_arguments,
@@ -240,6 +340,25 @@ _VERBS = {
         _evaluate_arguments,
         lambda args: _task("evaluate", "evaluate", **vars(args)),
     ),
+    "checkpoints": _Verb(
+        "list the checkpoints of a run, and see whether they are whole",
+        "  mage-ds checkpoints work/mage --verify",
+        _checkpoints_arguments,
+        lambda args: _task("inspect", "checkpoints", **vars(args)),
+    ),
+    "doctor": _Verb(
+        "see whether this host, or all of a hostfile, can train",
+        "  mage-ds doctor\n  mage-ds doctor --hostfile hostfile --shared /mnt/runs --data /mnt/imagenet",
+        _doctor_arguments,
+        lambda args: _task("doctor", "doctor", **vars(args)),
+    ),
+    "plan": _Verb(
+        "memory, time, cost and the command of a training, before it is started",
+        "  mage-ds plan pretrain_vit_huge --gpus 64 --gpu-memory 80 --hosts 8 --price 2.5",
+        _plan_arguments,
+        lambda args: _task("plan", "plan", **vars(args)),
+    ),
+    "bench": _Group("measure the system itself", _BENCHES),
     "recipes": _Verb(
         "list the recipes, or explain every field of one",
         "  mage-ds recipes pretrain_vit_base",

@@ -57,15 +57,18 @@ class Launch:
     """
 
     def __init__(self, *argv, cwd: Path, ranks: int = 2, script: Path | None = None):
-        self._mark, self.cwd = uuid.uuid4().hex, cwd
-        self._output = cwd / f"launch-{self._mark}.log"
         program = [str(script)] if script else ["--module", "mage_ds"]
         front = [BIN / "deepspeed", "--master_port", _free_port(), "--num_accelerators", ranks]
+        self._start([*front, *program, *argv], cwd, {})
+
+    def _start(self, line: list, cwd: Path, more: dict[str, str]) -> None:
+        self._mark, self.cwd = uuid.uuid4().hex, cwd
+        self._output = cwd / f"launch-{self._mark}.log"
         with open(self._output, "w") as file:
             self.outer = subprocess.Popen(
-                [str(word) for word in (*front, *program, *argv)],
+                [str(word) for word in line],
                 cwd=cwd,
-                env=environment(**{_MARK: self._mark}),
+                env=environment(**{_MARK: self._mark}, **more),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -127,6 +130,15 @@ class Launch:
                     continue
             self.outer.poll()
         self.outer.wait()
+
+
+class Script(Launch):
+    """`bash launch/NAME argv`, with `more` in its environment; `outer` is the script."""
+
+    def __init__(self, name: str, *argv, cwd: Path, **more: str):
+        # A shell cannot catch what was ignored when it began, as Ctrl-C is for whatever `&` has started.
+        line = ["env", "--default-signal=INT", "bash", Path(__file__).parents[1] / "launch" / name, *argv]
+        self._start(line, cwd, {"VIRTUAL_ENV": str(BIN.parent), **more})
 
 
 def run(*argv, cwd: Path, code: int | None = 0, **options) -> Launch:

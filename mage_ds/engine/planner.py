@@ -1,9 +1,27 @@
-"""What one image costs: operations and activation memory, counted on the meta device without computing anything."""
+"""What one image costs: operations and activation memory, counted without computing anything.
 
+Operations are counted on the meta device. Memory is counted in a step on fake tensors, which take the same way
+through torch as the real ones: on a CPU attention with dropout keeps its weights, a GPU's fused one does not.
+"""
+
+import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from mage_ds.engine import wrap
+from mage_ds.engine.memory import Live
+from mage_ds.models import Mage, Vqgan
+from mage_ds.models.mage import token_loss
+from mage_ds.models.masking import masks
+from mage_ds.recipes.schema import PretrainRecipe, Recipe, VqganModel
+
+CHECKPOINTING = ("none", "selective", "full")
+_COUNTED = (2, 4)  # images; a single one has shapes of its own, which differ by a few per cent
 
 _SHARE = 0.5  # of the memory of a rank: the rest holds weights, moments, gradients, buffers and the input queue
 _ENOUGH = {"cpu": 32, "cuda": 1024}  # larger micro-batches no longer gain speed
@@ -47,3 +65,204 @@ def largest_micro_batch(bytes_per_image: float, device: torch.device, local_worl
 
         memory = psutil.virtual_memory().total / local_world
     return max(1, min(_ENOUGH[device.type], int(memory * _SHARE / max(1.0, bytes_per_image))))
+
+
+# --- a recipe's model, and a step of it on made inputs
+
+
+def model_of(recipe: Recipe) -> torch.nn.Module:
+    """The model that the recipe trains, without initial values, on torch's default device."""
+    kind = Mage if isinstance(recipe, PretrainRecipe) else Vqgan
+    return kind(**recipe.model.model_dump())
+
+
+def tokenizer_of(recipe: Recipe) -> VqganModel | None:
+    """The frozen tokenizer beside the trained model, where there is one."""
+    return recipe.tokenizer if isinstance(recipe, PretrainRecipe) else None
+
+
+def parameters(recipe: Recipe) -> list[int]:
+    """Sizes of the trained parameters, in the model's order."""
+    with torch.device("meta"):
+        return [p.numel() for p in model_of(recipe).parameters()]
+
+
+def loss_on_made_inputs(recipe: Recipe, model, images: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:
+    """The recipe's loss of `images` inputs with random values; `model`: plain, or an engine around it."""
+    if not isinstance(recipe, PretrainRecipe):
+        pictures = _pictures(recipe, images, device, torch.float32)
+        drawn, _, codebook, commitment = model(pictures.to(dtype))
+        l1 = (drawn.float() - pictures).abs().mean(dim=(1, 2, 3))
+        weights = recipe.loss
+        return (weights.l1 * l1 + weights.codebook * codebook + weights.commitment * commitment).mean()
+    tokens = torch.randint(recipe.model.codes, (images, recipe.model.tokens), device=device)
+    noise = torch.rand(images, recipe.model.tokens, dtype=torch.float64, device=device)
+    ratio = torch.full((images,), recipe.masking.high, dtype=torch.float64, device=device)
+    masked, keep = masks(noise, ratio, recipe.masking.drop)
+    losses, _ = token_loss(model(tokens, masked, keep), tokens, masked, recipe.label_smoothing)
+    return losses.mean()
+
+
+def _pictures(recipe: Recipe, images: int, device, dtype: torch.dtype) -> torch.Tensor:
+    size = recipe.inputs.image_size
+    return torch.rand(images, 3, size, size, device=device, dtype=dtype)
+
+
+def flops_per_image(recipe: Recipe) -> int:
+    """Useful operations of a training step: forward, twice that backward, and the tokenizer's encoder."""
+    with torch.device("meta"):
+        model, tokenizer = model_of(recipe), tokenizer_of(recipe)
+        count = 3 * forward_flops(lambda: loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"))
+        if tokenizer is not None:
+            vqgan, picture = Vqgan(**tokenizer.model_dump()), _pictures(recipe, 1, "meta", torch.float32)
+            count += forward_flops(lambda: vqgan.encode(picture))
+    return count
+
+
+# --- memory
+
+
+class Line(NamedTuple):
+    """Bytes as a function of the number of images: `constant` + images x `slope`."""
+
+    constant: float
+    slope: float
+
+    def __call__(self, images: int) -> float:
+        return self.constant + images * self.slope
+
+
+class Activations(NamedTuple):
+    """kept: alive when the forward pass ends; working: what the backward pass takes beside them at most (blocks
+    that are computed again, gradients of activations), parameters' gradients aside."""
+
+    kept: Line
+    working: Line
+
+
+def activations(recipe: Recipe, dtype: torch.dtype, *, gpu: bool) -> dict[str, Activations]:
+    """Memory of the activations of a micro-batch, for each choice of machine.activation_checkpointing."""
+    kept = [_kept(recipe, images, dtype, gpu) for images in _COUNTED]
+    found = {}
+    for which in CHECKPOINTING:
+        working = [_working(_shallow(recipe), which, images, dtype, gpu) for images in _COUNTED]
+        found[which] = Activations(_line(*(each[which] for each in kept)), _line(*working))
+    return found
+
+
+def tokenizer_bytes(recipe: Recipe, dtype: torch.dtype) -> tuple[int, Line]:
+    """The frozen tokenizer's weights, and the peak of its forward pass; zeros where the recipe has none."""
+    tokenizer = tokenizer_of(recipe)
+    if tokenizer is None:
+        return 0, Line(0, 0)
+    peaks = []
+    with _fake(dtype):
+        vqgan = Vqgan(**tokenizer.model_dump())
+        for images in _COUNTED:
+            with Live(vqgan.parameters()) as live, torch.no_grad():
+                weights = live.now
+                vqgan.tokenize(_pictures(recipe, images, "cpu", torch.float32).to(dtype))
+            peaks.append(live.peak - weights)
+    return weights, _line(*peaks)
+
+
+def _line(few: float, more: float) -> Line:
+    slope = (more - few) / (_COUNTED[1] - _COUNTED[0])
+    return Line(few - _COUNTED[0] * slope, slope)
+
+
+def _shallow(recipe: Recipe) -> Recipe:
+    """With two blocks in each stack at most: what a block's backward pass takes does not depend on their number."""
+    if not isinstance(recipe, PretrainRecipe):
+        return recipe
+    stacks = {name: getattr(recipe.model, name) for name in ("encoder", "decoder")}
+    less = {name: stack.model_copy(update={"depth": min(2, stack.depth)}) for name, stack in stacks.items()}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=less)})
+
+
+def _kept(recipe: Recipe, images: int, dtype: torch.dtype, gpu: bool) -> dict[str, int]:
+    """Bytes alive at the end of a forward pass, by choice. A block that is computed again leaves its output only."""
+    with _fake(dtype):
+        model, blocks = model_of(recipe), {}
+        with Live(model.parameters()) as live, _kernels(gpu):
+            own = live.now
+
+            def before(block, args) -> None:
+                blocks[block] = live.now
+
+            def after(block, args, output) -> None:
+                blocks[block] = live.now - blocks[block] - output.untyped_storage().nbytes()
+
+            for block in wrap.blocks(model):
+                block.register_forward_pre_hook(before)
+                block.register_forward_hook(after)
+            loss = loss_on_made_inputs(recipe, model, images, dtype)
+            last = live.now - own
+        del loss
+        return {
+            which: last - sum(blocks[block] for block in wrap.recomputed(wrap.blocks(model), which))
+            for which in CHECKPOINTING
+        }
+
+
+def _working(recipe: Recipe, which: str, images: int, dtype: torch.dtype, gpu: bool) -> int:
+    """Most bytes of a backward pass, beyond those at its start; a parameter's gradient is dropped once it is there."""
+    with _fake(dtype):
+        model = model_of(recipe)
+        for block in wrap.recomputed(wrap.blocks(model), which):
+            wrap.recompute(block)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with Live(model.parameters()) as live, _kernels(gpu):
+            loss = loss_on_made_inputs(recipe, model, images, dtype)
+            live.peak = start = live.now
+            loss.backward()
+    return live.peak - start
+
+
+@contextlib.contextmanager
+def _fake(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _kernels(gpu: bool):
+    """Where a GPU's kernels keep other tensors than a CPU's: fused attention no weights, dropout a byte a value.
+
+    (A torch function mode would do, were it not off while the backward pass computes blocks again.)
+    """
+    usual = F.scaled_dot_product_attention, F.dropout
+    if gpu:
+        F.scaled_dot_product_attention, F.dropout = _fused_attention, _fused_dropout
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = usual
+
+
+def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    return _FusedAttention.apply(q, k, v)
+
+
+def _fused_dropout(x, p=0.5, training=True, inplace=False):
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what the flash and the memory-efficient kernels keep: q, k, v, output (B, H, L, D) and a number a row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])

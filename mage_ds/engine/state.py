@@ -20,7 +20,8 @@ def shape_of(parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _base(engine) -> torch.optim.Optimizer:
+def base_of(engine) -> torch.optim.Optimizer:
+    """The optimizer that DeepSpeed wraps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -42,12 +43,11 @@ def ensure_moments(engine) -> None:
     In stages 1 and 2 DeepSpeed links after the first group's update only: a second group's moments are then
     "not found", so the link is made anew.
     """
-    base = _base(engine)
+    base = base_of(engine)
     for flat in flats(engine):
         state = base.state[flat]
         if "step" not in state:
-            fused = any(group.get("fused") for group in base.param_groups)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)  # where the fused kernel wants it
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
@@ -58,7 +58,7 @@ def ensure_moments(engine) -> None:
 
 def updates(engine) -> int:
     """How many updates the optimizer has made (skipped steps are not counted)."""
-    counts = {int(_base(engine).state[flat]["step"]) for flat in flats(engine)}
+    counts = {int(base_of(engine).state[flat]["step"]) for flat in flats(engine)}
     if len(counts) != 1:
         raise RuntimeError(f"the optimizer's shards disagree on the number of updates: {sorted(counts)}")
     return counts.pop()
@@ -66,7 +66,7 @@ def updates(engine) -> int:
 
 def set_updates(engine, count: int) -> None:
     for flat in flats(engine):
-        _base(engine).state[flat]["step"].fill_(float(count))
+        base_of(engine).state[flat]["step"].fill_(float(count))
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def get_full(engine, parameter, key: str | None = None) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if _plain(parameter):
-        return (parameter if key is None else _base(engine).state[parameter][key]).detach()
+        return (parameter if key is None else base_of(engine).state[parameter][key]).detach()
     if key is None:
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, key)
@@ -86,7 +86,7 @@ def set_full(engine, parameter, value: torch.Tensor, key: str | None = None) -> 
     """Write what `get_full` reads. Every rank calls it with the same full float32 value."""
     value = value.to(parameter.device).reshape(shape_of(parameter))
     if _plain(parameter):
-        (parameter if key is None else _base(engine).state[parameter][key]).copy_(value)
+        (parameter if key is None else base_of(engine).state[parameter][key]).copy_(value)
     elif hasattr(parameter, "ds_id"):
         _set_sharded(parameter, value, key)
     else:

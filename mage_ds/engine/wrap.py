@@ -53,12 +53,12 @@ def wrap(model: torch.nn.Module, recipe: Recipe, config: dict, device: torch.dev
     import deepspeed
 
     model.to(device).train()
-    for block in recomputed(_blocks(model), recipe.machine.activation_checkpointing):
-        _recompute(block)
+    for block in recomputed(blocks(model), recipe.machine.activation_checkpointing):
+        recompute(block)
     if recipe.machine.compile:
         # Compiled dropout otherwise draws other numbers than the plain one.
         torch._inductor.config.fallback_random = True
-        for block in _blocks(model):
+        for block in blocks(model):
             block.compile()
     optimizer = optim.adamw(model, recipe.optimizer, recipe.effective_lr())
     with contextlib.redirect_stdout(io.StringIO()):  # a page of memory figures
@@ -66,7 +66,8 @@ def wrap(model: torch.nn.Module, recipe: Recipe, config: dict, device: torch.dev
     return engine
 
 
-def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is recomputed or compiled as one piece, in the model's order."""
     return [module for module in model.modules() if isinstance(module, Block | ResidualBlock)]
 
 
@@ -75,7 +76,7 @@ def recomputed(blocks: list, which: str) -> list:
     return {"none": [], "selective": blocks[::2], "full": blocks}[which]
 
 
-def _recompute(block: torch.nn.Module) -> None:
+def recompute(block: torch.nn.Module) -> None:
     """Replace the block's forward by one that keeps its input only and computes the rest again for backward."""
     forward = block.forward
 

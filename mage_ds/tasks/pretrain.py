@@ -59,7 +59,7 @@ def pretrain(
             plan,
             {"mage": mage},
             save_tokenizer=lambda folder: stored.save_tokenizer(folder, vqgan, info["model"], info["image_size"]),
-            flops_per_image=_flops_per_image(outline, recipe),
+            flops_per_image=planner.flops_per_image(recipe),
         )
         vqgan = training.frozen(vqgan, plan)
         loop.train(
@@ -205,15 +205,6 @@ def _inputs_on_meta(recipe: PretrainRecipe):
     noise = torch.zeros(1, recipe.model.tokens, dtype=torch.float64, device="meta")
     masked, keep = masks(noise, torch.zeros(1, dtype=torch.float64, device="meta"), recipe.masking.drop)
     return tokens, masked, keep
-
-
-def _flops_per_image(outline: Mage, recipe: PretrainRecipe) -> int:
-    """Useful operations of a training step: forward, twice that backward, and the tokenizer's encoder."""
-    with torch.device("meta"):
-        vqgan = Vqgan(**recipe.tokenizer.model_dump())
-    picture = torch.zeros(1, 3, recipe.inputs.image_size, recipe.inputs.image_size, device="meta")
-    forward = planner.forward_flops(lambda: outline(*_inputs_on_meta(recipe)))
-    return 3 * forward + planner.forward_flops(lambda: vqgan.encode(picture))
 
 
 def _largest_micro_batch(outline: Mage, recipe: PretrainRecipe) -> int:

@@ -260,7 +260,7 @@ def optimizer_bytes(me) -> dict:
         numbers = tiny.recipe()
         engine = tiny.engine_of(numbers, stage)
         tiny.train(engine, numbers, 2)
-        tensors = [value for one in state._base(engine).state.values() for value in one.values()]
+        tensors = [value for one in state.base_of(engine).state.values() for value in one.values()]
         found[stage] = sum(value.nbytes for value in tensors if value.numel() > 1)
     return found
 

@@ -13,7 +13,7 @@ def zero(name: str, **changes) -> dict:
 
 
 def held(name: str, precision: str, world: int = 4, **changes) -> budget.Held:
-    return budget.held(SIZES, zero(name, **changes), precision=precision, world=world, gpu=True)
+    return budget.held(SIZES, zero(name, **changes), precision=precision, world=world)
 
 
 def test_bytes_of_a_parameter():

@@ -50,7 +50,7 @@ def test_flops_of_the_tokenizer():
 
 def test_a_training_step_counts_forward_backward_and_tokenizer():
     numbers = recipes.load_recipe("pretrain_vit_base", ["model.vocabulary=2025"])
-    step = pretrain._flops_per_image(outline(numbers), numbers)
+    step = planner.flops_per_image(numbers)
     assert step == pytest.approx(162.7e9 + 128.8e9, rel=0.01)
 
 
@@ -109,8 +109,8 @@ SMALL = ["batch=4", "model.encoder={depth: 3, width: 64, heads: 4}", "model.deco
 def really_kept(numbers, which: str, images: int, dtype: torch.dtype) -> int:
     """Bytes alive at the end of a real forward pass, without the weights."""
     model = planner.model_of(numbers).to(dtype)
-    for block in wrap.recomputed(wrap._blocks(model), which):
-        wrap._recompute(block)
+    for block in wrap.recomputed(wrap.blocks(model), which):
+        wrap.recompute(block)
     with memory.Live(model.parameters()) as live:
         own = live.now
         loss = planner.loss_on_made_inputs(numbers, model, images, dtype)

@@ -1,80 +1,94 @@
-"""SIGKILL of everything, from outside, at random times: the joined loss curve is that of a run left alone."""
+"""Signals from outside at random times, to whichever process: the finished run is that of one left alone."""
 
-import json
+import math
+import os
 import random
 import shutil
+import signal
 import time
+from collections import Counter
 
 import pytest
-from launched import OFTEN, Launch, losses, metrics, run, status
+from launched import Launch, losses, run, status
+from test_matrix import digests, held_out, newest
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.full]
 
-# The recipe's own model, with its dropout: only fields of the machine and the length are changed.
-OWN = ["report.evaluate_every.steps=20", *(word for word in OFTEN if "evaluate" not in word)]
-
-
-def command(made, folder, steps, *fields):
-    data, tokenizer = made
-    fields = [f"duration.steps={steps}", *OWN, *fields]
-    return ["train", "digits_mage", *fields, "--data", data, "--tokenizer", tokenizer, "--out", folder]
-
-
-def last_digests(folder):
-    """Checksums of the newest checkpoint's files: weights and moments."""
-    meta = json.loads((folder / "checkpoints/latest/meta.json").read_text())
-    return {name: file["sha256"] for name, file in meta["files"].items()}
+KILLS, STEPS = 50, 400
+# The recipe's own model, with its dropout: only the length, the batch and what happens how often are changed.
+FIELDS = [
+    f"duration.steps={STEPS}",
+    "batch=32",
+    "report.log_every=1",
+    "report.evaluate_every.steps=40",
+    "report.pictures_every.steps=1000",
+    "report.checkpoint_every.steps=5",
+]
+VICTIMS = ["rank 0", "rank 1", "launch.py", "deepspeed", "all"]
 
 
-def held_out(folder):
-    return [(record["step"], record["val_loss"]) for record in metrics(folder) if "val_loss" in record]
+def window(start: float, trained: float) -> float:
+    """Seconds after the start-up within which a kill may fall: so many that kills at times spread evenly over
+    start-up and window leave about half of the training to the last life."""
+    share = trained / KILLS
+    return (share + math.sqrt(share * share + 4 * share * start)) / 2
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(made, tmp_path):
-    folder, steps = tmp_path / "run", 60
-    line = command(made, folder, steps, "batch=32", "report.checkpoint_every.steps=20")
-    kill_after = random.Random(0).randrange(24, 36)
-    with Launch(*line, cwd=tmp_path) as launch:
-        launch.until(lambda: len(losses(folder)) >= kill_after)
-        launch.kill()
-    first, before = losses(folder), held_out(folder)
-    assert [step for step, _ in first] == list(range(1, len(first) + 1)) and kill_after <= len(first) < steps
-    assert status(folder)["state"] == "running"  # nobody could write anything else
-    again = run(*line, cwd=tmp_path).text
-    saved = len(first) // 20 * 20
-    assert f"at step {saved} " in again
-    joined = losses(folder)
-    assert [step for step, _ in joined] == list(range(1, steps + 1))
-    assert joined[: len(first)] == first  # written before the kill and, from step 21 on, by the second start
-    assert held_out(folder)[: len(before)] == before and len(held_out(folder)) == 3
-    assert status(folder)["state"] == "finished"
+def let_live(launch: Launch, folder, seconds: float, kills: int) -> None:
+    """Until `seconds` have passed, or the run has come so far that too few steps would be left for `kills` more."""
+    end, last = time.monotonic() + seconds, last_step(folder)
+    most = min(STEPS - 10, last + 2 * max(0, STEPS - 10 - last) // kills)
+    while time.monotonic() < end and last_step(folder) <= most:
+        assert launch.outer.poll() is None, launch.output
+        time.sleep(0.02)
 
 
-@pytest.mark.full
-def test_five_kills_at_random_times(made, tmp_path):
-    steps, draw = 120, random.Random(20)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def last_step(folder) -> int:
+    return losses(folder)[-1][0] if losses(folder) else 0
+
+
+def strike(launch: Launch, victim: str, number: int) -> str:
+    """The signal, to `deepspeed` where the victim is not born yet; everything must end then. Who was hit."""
+    living = launch.processes()
+    if victim != "all" and victim not in living.values():
+        victim = "deepspeed"
+    for pid, role in living.items():
+        if victim in ("all", role):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:  # by the death of another
+                continue
+    launch.ended(150)  # the longest is a start-up on a busy machine: a rank looks for its launcher after it
+    return f"{signal.Signals(number).name} {victim}"
+
+
+def test_fifty_kills(made, tmp_path):
+    draw, whole, killed = random.Random(20), tmp_path / "whole", tmp_path / "killed"
+    line = ["train", "digits_mage", *FIELDS, "--data", made[0], "--tokenizer", made[1], "--out"]
     began = time.monotonic()
-    with Launch(*command(made, whole, steps, "report.checkpoint_every.steps=20"), cwd=tmp_path) as launch:
+    with Launch(*line, whole, cwd=tmp_path) as launch:
         launch.until(lambda: losses(whole))
         start = time.monotonic() - began
         assert launch.ended() == 0, launch.output
         trained = time.monotonic() - began - start
-    lives = []
-    for life in range(5):
-        with Launch(*command(made, killed, steps, "report.checkpoint_every.steps=20"), cwd=tmp_path) as launch:
-            if life == 2:  # one of them while it starts
-                time.sleep(draw.uniform(0.2, 0.9) * start)
-            else:
-                launch.until(lambda launch=launch: "\nstep " in launch.output)
-                time.sleep(draw.uniform(0.05, 0.35) * trained)
-            assert launch.outer.poll() is None, launch.output
-            launch.kill()
-        lives.append([step for step, _ in losses(killed)])
-        assert lives[-1] == list(range(1, len(lives[-1]) + 1))
-    assert sum(len(life) % 20 > 0 for life in lives) >= 2, lives  # killed between two saves, not only beside one
-    run(*command(made, killed, steps, "report.checkpoint_every.steps=20"), cwd=tmp_path)
-    assert losses(killed) == losses(whole)
-    assert held_out(killed) == held_out(whole)
-    assert last_digests(killed) == last_digests(whole)
+    expected, exact, hits, lengths = losses(whole), 0, Counter(), []
+    for life in range(KILLS):
+        saved = newest(killed)
+        with Launch(*line, killed, cwd=tmp_path) as launch:
+            let_live(launch, killed, draw.uniform(0, start + window(start, trained)), KILLS - life)
+            hits[strike(launch, draw.choice(VICTIMS), draw.choice([signal.SIGKILL, signal.SIGTERM]))] += 1
+            resumed = " at step " in launch.output
+            assert not (resumed and saved) or f" at step {saved} from " in launch.output, launch.output
+        so_far = losses(killed)
+        assert so_far == expected[: len(so_far)], (len(lengths), launch)
+        lengths.append(len(so_far))
+        exact += 1
+    assert max(lengths) < STEPS
+    saved = newest(killed)
+    last = run(*line, killed, cwd=tmp_path).text
+    assert f" at step {saved} from " in last and status(killed)["state"] == "finished"
+    assert losses(killed) == expected and held_out(killed) == held_out(whole) and digests(killed) == digests(whole)
+    between = sum(length % 5 > 0 for length in lengths)
+    print(f"\n{KILLS} kills, {exact} exact recoveries; {sum(hits.values())} signals: {dict(hits)}")
+    print(f"start {start:.1f} s, training {trained:.1f} s; {between} ended between two saves; steps seen: {lengths}")
     shutil.rmtree(tmp_path)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# A training on this machine that starts again when it dies:
+#
+#   bash launch/local.sh [OPTIONS] RECIPE [key=value ...] --data DATA --out RUN ...      (as `mage-ds train`)
+#
+#   --num_accelerators N   ranks; without it all GPUs, or two ranks on the CPU's cores
+#   --restarts N           give up after N restarts (10), or after two deaths without a new checkpoint between them
+#   --backoff S            wait S seconds before the first restart, twice as long before each further one (10)
+#
+# Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves, and the same command continues. Exit codes: 0 finished, 75 stopped
+# after saving, 2 the line on the screen says what to mend, 1 all else.
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$ROOT/launch/restarts.sh"
+
+RANKS=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --num_accelerators)
+            number ranks "$1" "${2-}"
+            # shellcheck disable=SC2154  # number sets it
+            RANKS=(--num_accelerators "$ranks")
+            ;;
+        --restarts) number RESTARTS "$1" "${2-}" ;;
+        --backoff) number BACKOFF "$1" "${2-}" ;;
+        *) break ;;
+    esac
+    shift 2
+done
+[ $# -gt 0 ] && [[ $1 != -* ]] || refuse "usage: bash $0 [OPTIONS] RECIPE [key=value ...] --data DATA --out RUN ..."
+
+find_accelerators
+if [ "${DS_ACCELERATOR:-}" = cpu ] && [ ${#RANKS[@]} = 0 ]; then
+    RANKS=(--num_accelerators "$ACCELERATORS")
+fi
+
+prepare_start() {
+    local port
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    LAUNCH=(deepspeed --quiet "${RANKS[@]}" --master_port "$port" --module mage_ds train)
+}
+
+find_run "$@"
+train "$@"
