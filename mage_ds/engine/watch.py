@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-from mage_ds.engine import process
+from mage_ds.engine import launcher, process
 from mage_ds.errors import EXIT_BUG, Stopped, UserError
 
 _TICK_S = 1.0
@@ -135,7 +135,7 @@ class _Watch:
             return self._called
         if now - self.last > self._limit:
             return f"no progress for {self._limit} s (machine.hang_timeout)"
-        fellows = process.fellows()
+        fellows = launcher.fellows()
         self._left = None if fellows is None or fellows >= self._me.local_world else self._left or now
         return "another rank has ended" if self._left and now - self._left > _LEFT_S else None
 

@@ -243,6 +243,7 @@ def test_a_rank_that_hangs(made, tmp_path, undisturbed):
         # Three times as long before the first step of a start; a validation that the last life owes is there, too.
         said = lives.dies(planned, (1,), ("failed",), "no progress for", patience=3 * HANG_S)
         stacks = {path.name[11]: path.read_text() for path in (lives.run / "logs").glob("stack_rank_?.txt")}
+        stacks = {number: text for number, text in stacks.items() if text}  # a stopped rank's is empty
         assert stacks.keys() == {"0", "1"} - ({str(rank)} if stopped else set()), stacks.keys()
         assert stopped or "in meet" in stacks[str(rank)], stacks
         assert all(re.search(r"\nThread .*most recent call first", text) for text in stacks.values())
