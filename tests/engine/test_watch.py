@@ -109,6 +109,7 @@ def test_the_other_ranks_leave_their_stacks_too(tmp_path):
     assert (tmp_path / "reason_0").exists()
 
 
+@pytest.mark.full
 def test_rank_0_stopped_the_others_speak_and_end(tmp_path):
     """A stopped rank 0 takes the store with it; it cannot end by itself, that is the launcher's."""
     port = free_port()
