@@ -25,6 +25,7 @@ REQUIRES = [
     "ffmpeg-python>=0.2",
     "tqdm>=4.66",
     "psutil>=5.9",
+    "packaging>=23",
     "scikit-learn>=1.4,<1.11",  # 1.11 drops the probabilities of SVC
     "scikit-image>=0.22",  # photographs of `prepare --sample photos`
 ]

@@ -29,6 +29,7 @@ while [ $# -gt 0 ]; do
         --backoff) number BACKOFF "$1" "${2-}" ;;
         *) break ;;
     esac
+    has_value "$@"
     shift 2
 done
 [ $# -gt 1 ] && [[ $1$2 != -* ]] ||
@@ -40,6 +41,10 @@ if [ -z "$LAUNCHER" ]; then
     if command -v pdsh >/dev/null; then LAUNCHER=pdsh; else LAUNCHER=ssh; fi
 fi
 case $LAUNCHER in pdsh | ssh) ;; *) refuse "--launcher $LAUNCHER: must be pdsh or ssh" ;; esac
+# DeepSpeed puts both into a line for pdsh as they are.
+if [ "$LAUNCHER" = pdsh ] && [[ ! $PWD$VIRTUAL_ENV =~ ^[A-Za-z0-9_./@%+=:,-]+$ ]]; then
+    refuse "$PWD, $VIRTUAL_ENV: pdsh needs paths without blanks and signs; use --launcher ssh, or other folders"
+fi
 # A host that vanished is noticed after a minute, instead of never.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND-} -o BatchMode=yes -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 

@@ -25,6 +25,7 @@ while [ $# -gt 0 ]; do
         --backoff) number BACKOFF "$1" "${2-}" ;;
         *) break ;;
     esac
+    has_value "$@"
     shift 2
 done
 [ $# -gt 0 ] && [[ $1 != -* ]] || refuse "usage: bash $0 [OPTIONS] RECIPE [key=value ...] --data DATA --out RUN ..."
@@ -37,7 +38,7 @@ fi
 prepare_start() {
     local port
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    LAUNCH=(deepspeed --quiet "${RANKS[@]}" --master_port "$port" --module mage_ds train)
+    LAUNCH=(deepspeed --quiet --hostfile /dev/null "${RANKS[@]}" --master_port "$port" --module mage_ds train)
 }
 
 find_run "$@"

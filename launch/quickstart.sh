@@ -49,7 +49,7 @@ launched() {
     shift
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     printf '\n$ %s\n' "deepspeed --num_accelerators $PROCESSES --module mage_ds $*" | tee -a "$LOGS/$name.log"
-    deepspeed --quiet --num_accelerators "$PROCESSES" --master_port "$port" --module mage_ds "$@" \
+    deepspeed --quiet --hostfile /dev/null --num_accelerators "$PROCESSES" --master_port "$port" --module mage_ds "$@" \
         2>>"$LOGS/$name.log" | follow "$name" || true
 }
 

@@ -18,6 +18,9 @@ refuse() {
     exit 2
 }
 
+# has_value OPTION [VALUE]
+has_value() { [ $# -gt 1 ] || refuse "$1: needs a value"; }
+
 # number VARIABLE OPTION VALUE: sets the variable to the value, which must be a number.
 number() {
     [[ ${3-} =~ ^[0-9]+$ ]] || refuse "$2 ${3-}: must be a whole number"
@@ -120,7 +123,8 @@ train() {
             fail "$RUN died again without progress, at step $step as before: $reason"
         last=$step
         [ "$restarts" -lt "$RESTARTS" ] || fail "$RUN died at step $step ($reason); it was started $((restarts + 1)) times"
-        restarts=$((restarts + 1)) again=(--resume auto) # whatever the first start went on from
+        restarts=$((restarts + 1))
+        [ "$word" != died ] || again=(--resume auto) # whatever the first start went on from
         note "$RUN died at step $step ($reason); start $((restarts + 1)) in $BACKOFF s"
         sleep "$BACKOFF" &
         wait $! || kill $! 2>/dev/null || true

@@ -31,6 +31,7 @@ class _Verb(NamedTuple):
     example: str
     arguments: Callable[[argparse.ArgumentParser], None]
     call: Callable[[argparse.Namespace], None]
+    alone: bool = False  # of several ranks the first does it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +85,8 @@ def _run(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     verb.arguments(parser)
-    verb.call(parser.parse_intermixed_args(rest))
+    if not verb.alone or os.environ.get("RANK", "0") == "0":
+        verb.call(parser.parse_intermixed_args(rest))
 
 
 def _choose(prog: str, group: _Group, argv: list[str]) -> tuple[str, list[str]]:
@@ -247,7 +249,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-memory", type=_positive, required=True, metavar="GIB", help="memory of one GPU, GiB")
     parser.add_argument("--hosts", type=_count, default=1, metavar="H", help="hosts that they are in (1)")
     parser.add_argument("--mfu", type=_number(float, 0.001, 1), metavar="M", help="used share of the peak, as measured")
-    parser.add_argument("--peak", type=_positive, default=989.0, metavar="TFLOPS", help="of one GPU (989: H100, bf16)")
+    parser.add_argument("--peak", type=_positive, metavar="TFLOPS", help="of one GPU (an H100's: bf16 989, float32 67)")
     parser.add_argument("--price", type=_number(float, 0), metavar="DOLLARS", help="of an hour of one GPU")
     parser.add_argument(
         "--samples", type=_count, default=1_281_167, metavar="N", help="pictures of the data set (ImageNet-1K's)"
@@ -295,6 +297,7 @@ _BENCHES = {
         "  mage-ds bench listing --dir /mnt/data",
         _listing_arguments,
         lambda args: _task("bench_listing", "listing", **vars(args)),
+        alone=True,
     ),
     "save": _Verb(
         "seconds that a checkpoint takes, and its share of the training time",
@@ -345,6 +348,7 @@ _VERBS = {
         "  mage-ds checkpoints work/mage --verify",
         _checkpoints_arguments,
         lambda args: _task("inspect", "checkpoints", **vars(args)),
+        alone=True,
     ),
     "doctor": _Verb(
         "see whether this host, or all of a hostfile, can train",
@@ -357,6 +361,7 @@ _VERBS = {
         "  mage-ds plan pretrain_vit_huge --gpus 64 --gpu-memory 80 --hosts 8 --price 2.5",
         _plan_arguments,
         lambda args: _task("plan", "plan", **vars(args)),
+        alone=True,
     ),
     "bench": _Group("measure the system itself", _BENCHES),
     "recipes": _Verb(
@@ -364,5 +369,6 @@ _VERBS = {
         "  mage-ds recipes pretrain_vit_base",
         _recipes_arguments,
         lambda args: _task("inspect", "recipes", **vars(args)),
+        alone=True,
     ),
 }

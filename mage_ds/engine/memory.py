@@ -56,12 +56,12 @@ def living() -> Iterator[torch.Tensor]:
                 yield each.grad
 
 
-def by_kind(engine, outside: set[int]) -> dict[str, int]:
+def by_kind(engine, outside: dict[int, torch.UntypedStorage]) -> dict[str, int]:
     """Bytes that a DeepSpeed engine holds on this rank now, by kind; each storage counts once, for the first that
     holds it in the order: weights that compute, optimizer (float32 master and moments), gradients, the rest without
     what autograd made.
 
-    outside: `addresses` of tensors that lived before the engine was built.
+    outside: `storages` of tensors that lived before the engine was built.
     """
     parts = {"weights": _weights(engine), "optimizer": _optimizer(engine), "gradients": _gradients(engine)}
     counted, found = set(outside), {}
@@ -74,12 +74,12 @@ def by_kind(engine, outside: set[int]) -> dict[str, int]:
     return {kind: found[kind] for kind in KINDS}
 
 
-def addresses() -> set[int]:
-    """The storages of every living tensor."""
-    return {tensor.untyped_storage()._cdata for tensor in living()}
+def storages() -> dict[int, torch.UntypedStorage]:
+    """The storages of every living tensor by their address, which none made later can have while they are held."""
+    return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in living())}
 
 
-def release(outside: set[int]) -> None:
+def release(outside: dict[int, torch.UntypedStorage]) -> None:
     """Give back the memory of every tensor that is not `outside`: DeepSpeed's stage 3 leaves cycles that are never
     collected. What refers to them is useless afterwards."""
     for storage in [tensor.untyped_storage() for tensor in living()]:

@@ -29,7 +29,8 @@ def left(run: Path) -> list[Path]:
 
 def _names(run: Path, form: re.Pattern) -> list[str]:
     folder = Path(run) / "checkpoints"
-    return [entry.name for entry in folder.iterdir() if form.fullmatch(entry.name)] if folder.is_dir() else []
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return [entry.name for entry in entries if form.fullmatch(entry.name) and entry.is_dir()]
 
 
 def folder_of(run: Path, step: int) -> Path:

@@ -185,7 +185,7 @@ def _busy(out: Path) -> bool:
     if _is_mine(out):
         return False
     try:
-        with open(out / ".lock") as file:
+        with open(out / ".lock", "r+") as file:  # NFS locks what may be written only
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

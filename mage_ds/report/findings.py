@@ -163,7 +163,7 @@ def _versions(facts: dict) -> Iterator[Finding]:
 
 def _required(requires: list[str]) -> dict:
     """What a run needs as packaging's Requirement by name, DALI's two wheels (extras of ours) among it."""
-    from packaging.requirements import Requirement  # deepspeed brings it, and may be missing
+    from packaging.requirements import Requirement  # may be missing on a host
 
     needs = [Requirement(line) for line in requires]
     return {x.name: x for x in needs if "dali" in x.name or not x.marker or x.marker.evaluate({"extra": ""})}

@@ -66,7 +66,7 @@ def _config(recipe: Recipe, name: str, precision: str, world: int) -> dict:
 
 def _measure(recipe: Recipe, config: dict, dtype: torch.dtype) -> dict[str, float]:
     """Bytes by kind of this rank, and the seconds of a step."""
-    outside = memory.addresses()
+    outside = memory.storages()
     model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, config)
     engine = wrap.wrap(model, recipe, config, process.start().device)
     step = _Step(engine, recipe, dtype, outside)
@@ -85,7 +85,7 @@ def _measure(recipe: Recipe, config: dict, dtype: torch.dtype) -> dict[str, floa
 class _Step:
     """A training step, plain or counted."""
 
-    def __init__(self, engine, recipe: Recipe, dtype: torch.dtype, outside: set[int]):
+    def __init__(self, engine, recipe: Recipe, dtype: torch.dtype, outside: dict):
         self.engine, self.recipe, self.dtype, self.outside = engine, recipe, dtype, outside
 
     def take(self, forward=lambda: None, backward=lambda: None) -> None:

@@ -63,8 +63,10 @@ def _evaluate(source: Path, reference: Path, run, out: Path) -> dict:
             held_out, rebuilt = tokenizer.tokenize(validation)
             rows["reconstructions"] = _row(classifier, rebuilt, train, validation.labels)
             copies["validation pictures"] = judge.share_copied(held_out, known)
-        if tokens is not None and "checkpoint" in manifest:
-            retention.pin(retention.folder_of(run, manifest["checkpoint"]), f"evaluated in {source}")
+    if tokens is not None and {"run", "checkpoint"} <= manifest.keys():
+        folder = retention.folder_of(manifest["run"], manifest["checkpoint"])  # of the run that made them, not --run
+        if folder.is_dir() and not retention.pin(folder, f"evaluated in {source}"):
+            print(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it", flush=True)
     results = {
         "source": str(source.resolve()),
         "reference": str(reference.resolve()),

@@ -19,6 +19,7 @@ _USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own, NCCL's and what fra
 _WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
 _ENOUGH = 32  # images a forward pass keeps a GPU busy with; fewer where a rank has no more
 _ASSUMED_MFU = 0.35
+_H100 = {"bf16": 989.0, "float32": 67.0}  # TFLOP/s, dense
 _NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
 
@@ -43,14 +44,14 @@ def plan(
     gpu_memory: float,
     hosts: int = 1,
     mfu: float | None = None,
-    peak: float = 989.0,
+    peak: float | None = None,
     price: float | None = None,
     samples: int = 1_281_167,
 ) -> None:
     """Print the plan of recipe `name` with `overrides` on `gpus` GPUs of `gpu_memory` GiB, on `hosts` hosts.
 
-    peak: TFLOP/s of a GPU in the recipe's number format; mfu: its used share (assumed where None); price: of a
-    GPU's hour; samples: of the data set. Raises UserError for what cannot be.
+    peak: TFLOP/s of a GPU in the recipe's number format (None: an H100's); mfu: its used share (assumed where None);
+    price: of a GPU's hour; samples: of the data set. Raises UserError for what cannot be.
     """
     recipe = recipes.load_recipe(name, overrides)
     if gpus % hosts:
@@ -62,7 +63,7 @@ def plan(
     rows = table(recipe, sizes, precision, gpus, gpu_memory * _GIB)
     lines = [*_head(recipe, sizes, precision, gpus, gpu_memory), *_shown(rows), ""]
     best = choose(rows, recipe.batch // gpus)
-    lines += _time(recipe, samples, gpus, mfu, peak, price)
+    lines += _time(recipe, samples, gpus, mfu, peak or _H100[precision], price)
     lines += _disk(recipe, sizes)
     lines += _network(recipe, sizes, precision, best.micro_batch)
     lines += _command(name, overrides, recipe, best, gpus, hosts, precision)
