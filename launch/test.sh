@@ -2,7 +2,7 @@
 # Tests of the checkout, set-up included:   bash launch/test.sh [fast|full|gpu] [pytest arguments]
 #
 #   fast       ruff, and the tests that start no processes: 2 minutes
-#   (nothing)  ruff, and all tests but the long ones and those that need a GPU: 5 minutes on 2 cores
+#   (nothing)  ruff, and all tests but the long ones and those that need a GPU: 8 minutes on 2 cores
 #   full       all tests but those that need a GPU; as root on Debian it installs ssh, pdsh and SLURM for the cluster tests
 #   gpu        the tests that need a GPU
 
@@ -18,8 +18,8 @@ case "${1-}" in
 esac
 case $selection in
     fast) markers="not processes and not full and not gpu" expected="2 minutes" ;;
-    default) markers="not full and not gpu" expected="5 minutes" ;;
-    full) markers="not gpu" expected="25 minutes" ;;
+    default) markers="not full and not gpu" expected="8 minutes" ;;
+    full) markers="not gpu" expected="70 minutes" ;;
     gpu) markers="gpu" expected="10 minutes" ;;
 esac
 if [ "$selection" != gpu ]; then

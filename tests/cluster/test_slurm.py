@@ -143,7 +143,7 @@ def test_a_mistake_ends_the_job(cluster, tmp_path, words, says):
 
 
 def test_deaths_that_bring_no_checkpoint_end_the_job(cluster, tmp_path):
-    """A Python that dies as a rank, and is one as the script's helper."""
+    """A Python that dies as a rank, and answers the script's questions."""
     python = tmp_path / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/bash\n[ "$2" = mage_ds ] && kill -9 $$\nexec {sys.executable} "$@"\n')
