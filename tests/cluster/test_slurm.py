@@ -155,16 +155,24 @@ def test_deaths_that_bring_no_checkpoint_end_the_job(cluster, tmp_path):
 
 
 def test_a_sweep_trains_each_line_of_a_file(cluster, line, tmp_path):
-    (tmp_path / "sweep.txt").write_text("seed=7\n'model.encoder={depth: 2, width: 32, heads: 2}' seed=8\n")
-    line = [*line, "duration.steps=2", "--out", "runs"]
+    """Each member goes back into the queue by itself, the last one too, which has the array's own number."""
+    (tmp_path / "sweep.txt").write_text("\nseed=7\n'model.encoder={depth: 2, width: 32, heads: 2}' seed=8\n")
+    line = [*line, "duration.steps=400", "--out", "runs"]
     jobs = cluster.submit(*HERE, "--array=1-3", SCRIPT, *line, cwd=tmp_path, SWEEP="sweep.txt")
-    outputs = [tmp_path / f"slurm-{jobs.number}_{task}.out" for task in (1, 2, 3)]
+    folders = {task: tmp_path / "runs" / str(task) for task in (1, 2, 3)}
+    waiting = [2, 3]
+    while waiting:  # in whichever order they get the nodes
+        task = jobs.until(lambda: next((each for each in waiting if len(losses(folders[each])) > 20), None))
+        name = f"{jobs.number}_{task}"
+        assert cluster.run("scancel", "--signal=USR1", name, cwd=tmp_path).returncode == 0
+        waiting.remove(task)
     jobs.until(lambda: not cluster.squeue())
-    said = "\n".join(output.read_text() for output in outputs)
-    for task, seed, depth in ((1, 7, 1), (2, 8, 2)):
-        folder = tmp_path / "runs" / str(task)
-        assert status(folder)["state"] == "finished", said
-        recipe = (folder / "recipe.yaml").read_text()
+    said = {task: (tmp_path / f"slurm-{jobs.number}_{task}.out").read_text() for task in (1, 2, 3)}
+    for task, seed, depth in ((2, 7, 1), (3, 8, 2)):
+        assert status(folders[task])["state"] == "finished", said[task]
+        assert [step for step, _ in losses(folders[task])] == list(range(1, 401))
+        assert said[task].count("queued again") == 1 and "resumed runs" in said[task], said[task]
+        recipe = (folders[task] / "recipe.yaml").read_text()
         assert f"seed: {seed}\n" in recipe and f"depth: {depth}" in recipe
-    assert "SWEEP=sweep.txt: has no line 3" in outputs[2].read_text()
-    assert not (tmp_path / "runs" / "3").exists()
+    assert "SWEEP=sweep.txt: has no line 1" in said[1]
+    assert not folders[1].exists()
