@@ -2,8 +2,8 @@
 # Sourced by the launch scripts, not started. Makes sure that this machine can run mage_ds, then puts its environment
 # first on the PATH: the active virtual environment, or .venv of the checkout. What is finished is not done again.
 #
-# Gives the scripts: ROOT (the checkout), stage TITLE TIME, fail MESSAGE, find_accelerators; and stops them at the first
-# error with one line.
+# Gives the scripts: ROOT (the checkout), stage TITLE TIME, fail MESSAGE, free_port, find_accelerators; and stops them at
+# the first error with one line.
 
 set -Eeuo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -97,6 +97,9 @@ install_python_packages() {
     fi
     printf '%s\n' "$wanted" >"$stamp"
 }
+
+# A port that nothing uses now.
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
 # ACCELERATORS: the number of this machine's GPUs; without any, of two ranks on the CPU's cores (DS_ACCELERATOR=cpu).
 find_accelerators() {

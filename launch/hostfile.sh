@@ -25,9 +25,7 @@ while [ $# -gt 0 ]; do
         --ssh_port) number SSH_PORT "$1" "${2-}" ;;
         --launcher) LAUNCHER=${2-} ;;
         --master_addr) ADDRESS=${2-} ;;
-        --restarts) number RESTARTS "$1" "${2-}" ;;
-        --backoff) number BACKOFF "$1" "${2-}" ;;
-        *) break ;;
+        *) restart_option "$@" || break ;;
     esac
     has_value "$@"
     shift 2

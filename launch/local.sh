@@ -21,9 +21,7 @@ while [ $# -gt 0 ]; do
             # shellcheck disable=SC2154  # number sets it
             RANKS=(--num_accelerators "$ranks")
             ;;
-        --restarts) number RESTARTS "$1" "${2-}" ;;
-        --backoff) number BACKOFF "$1" "${2-}" ;;
-        *) break ;;
+        *) restart_option "$@" || break ;;
     esac
     has_value "$@"
     shift 2
@@ -37,7 +35,7 @@ fi
 
 prepare_start() {
     local port
-    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    port=$(free_port)
     LAUNCH=(deepspeed --quiet --hostfile /dev/null "${RANKS[@]}" --master_port "$port" --module mage_ds train)
 }
 

@@ -47,7 +47,7 @@ follow() {
 launched() {
     local name=$1 port
     shift
-    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    port=$(free_port)
     printf '\n$ %s\n' "deepspeed --num_accelerators $PROCESSES --module mage_ds $*" | tee -a "$LOGS/$name.log"
     deepspeed --quiet --hostfile /dev/null --num_accelerators "$PROCESSES" --master_port "$port" --module mage_ds "$@" \
         2>>"$LOGS/$name.log" | follow "$name" || true

@@ -27,6 +27,15 @@ number() {
     printf -v "$1" %s "$3"
 }
 
+# restart_option OPTION [VALUE]: takes an option that the scripts share; 1 where it is none of these.
+restart_option() {
+    case $1 in
+        --restarts) number RESTARTS "$1" "${2-}" ;;
+        --backoff) number BACKOFF "$1" "${2-}" ;;
+        *) return 1 ;;
+    esac
+}
+
 # find_run ARGUMENTS: RUN, what `--out` names.
 find_run() {
     RUN=""

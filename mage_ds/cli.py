@@ -150,6 +150,17 @@ def _some(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _take_recipe(parser: argparse.ArgumentParser, called: str = "name") -> None:
+    parser.add_argument(called, metavar="RECIPE", help="a name that `mage-ds recipes` lists, or a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+
+
+def _take_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples", type=_count, default=1_281_167, metavar="N", help="pictures of the data set (ImageNet-1K's)"
+    )
+
+
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", nargs="?", metavar="SRC", help="your folder of pictures, of class folders, or of tars")
     parser.add_argument("--sample", choices=("digits", "photos"), help="pictures of an installed package instead")
@@ -169,8 +180,7 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a name that `mage-ds recipes` lists, or a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+    _take_recipe(parser, "recipe")
     parser.add_argument("--data", required=True, help="folder of pictures, with or without train/ and val/")
     parser.add_argument("--tokenizer", metavar="PATH|random", help="a tokenizer's run folder, or random values")
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder; an existing one continues")
@@ -243,23 +253,19 @@ def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="RECIPE", help="a name that `mage-ds recipes` lists, or a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+    _take_recipe(parser)
     parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="GPUs in all")
     parser.add_argument("--gpu-memory", type=_positive, required=True, metavar="GIB", help="memory of one GPU, GiB")
     parser.add_argument("--hosts", type=_count, default=1, metavar="H", help="hosts that they are in (1)")
     parser.add_argument("--mfu", type=_number(float, 0.001, 1), metavar="M", help="used share of the peak, as measured")
     parser.add_argument("--peak", type=_positive, metavar="TFLOPS", help="of one GPU (an H100's: bf16 989, float32 67)")
     parser.add_argument("--price", type=_number(float, 0), metavar="DOLLARS", help="of an hour of one GPU")
-    parser.add_argument(
-        "--samples", type=_count, default=1_281_167, metavar="N", help="pictures of the data set (ImageNet-1K's)"
-    )
+    _take_samples(parser)
 
 
 def _scale_arguments(parser: argparse.ArgumentParser) -> None:
     stages, choices = ("0", "1", "2", "3", "2_offload", "3_offload"), ("none", "selective", "full")
-    parser.add_argument("name", metavar="RECIPE", help="a name that `mage-ds recipes` lists, or a .yaml file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+    _take_recipe(parser)
     parser.add_argument(
         "--stages", type=_some(stages), default=["1", "2", "3"], metavar="LIST", help=f"of {','.join(stages)} (1,2,3)"
     )
@@ -276,14 +282,11 @@ def _listing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _save_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="RECIPE", help="a name that `mage-ds recipes` lists, or RUN/recipe.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
+    _take_recipe(parser)
     parser.add_argument("--dir", dest="where", default=".", metavar="DIR", help="disk to save on; cleaned up (here)")
     parser.add_argument("--deepspeed_config", default="zero1", metavar="JSON|NAME", help="as of `train` (zero1)")
     parser.add_argument("--images-per-s", type=_positive, metavar="R", help="of the training: how much saving takes")
-    parser.add_argument(
-        "--samples", type=_count, default=1_281_167, metavar="N", help="pictures of the data set (ImageNet-1K's)"
-    )
+    _take_samples(parser)
 
 
 def _checkpoints_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ BIN = Path(sys.executable).parent
 # A MAGE of 33,154 parameters and steps of milliseconds: what is tested is what happens around them.
 TINY = ["batch=16", *(f"model.{part}={{depth: 1, width: 32, heads: 2}}" for part in ("encoder", "decoder"))]
 OFTEN = ["report.log_every=1", "report.evaluate_every.steps=1000", "report.pictures_every.steps=1000"]
-_MARK = "MAGE_DS_TEST"
+MARK = "MAGE_DS_TEST"  # in the environment of all that a test starts
 
 
 def environment(**more) -> dict:
@@ -50,6 +50,30 @@ def several(*lines: list, cwd: Path) -> list[tuple[int, str, str]]:
     return [(int(code), said, wrong) for said, code, wrong in zip(out[::2], out[1::2], err[::2], strict=False)]
 
 
+def living(assignment: str) -> dict[int, list[bytes]]:
+    """The living processes with this NAME=VALUE in their environment: process id -> command line."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if assignment.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def kill_all(assignment: str, children: list[subprocess.Popen]) -> None:
+    """SIGKILL to all that are living, until none is left; children: those of them that are this process's own."""
+    while left := living(assignment):
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for child in children:
+            child.poll()
+
+
 class Launch:
     """`deepspeed --num_accelerators RANKS --module mage_ds argv`, running in a session of its own.
 
@@ -68,7 +92,7 @@ class Launch:
             self.outer = subprocess.Popen(
                 [str(word) for word in line],
                 cwd=cwd,
-                env=environment(**{_MARK: self._mark}, **more),
+                env=environment(**{MARK: self._mark}, **more),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -93,15 +117,7 @@ class Launch:
 
     def processes(self) -> dict[int, str]:
         """The living processes of this launch: process id -> `deepspeed`, `launch.py`, `rank 0`, ..., `other`."""
-        found = {}
-        mark = f"{_MARK}={self._mark}".encode()
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found[int(folder.name)] = _role((folder / "cmdline").read_bytes().split(b"\0"))
-            except OSError:  # it ended meanwhile
-                continue
-        return found
+        return {pid: _role(command) for pid, command in living(f"{MARK}={self._mark}").items()}
 
     def pid(self, role: str) -> int:
         return next(pid for pid, what in self.processes().items() if what == role)
@@ -122,13 +138,7 @@ class Launch:
 
     def kill(self) -> None:
         """SIGKILL to every process, until none is left."""
-        while living := self.processes():
-            for pid in living:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            self.outer.poll()
+        kill_all(f"{MARK}={self._mark}", [self.outer])
         self.outer.wait()
 
 

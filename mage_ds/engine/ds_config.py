@@ -187,6 +187,12 @@ def in_force(path: Path, config: dict, share: Share, *, clip: float | None, prec
     return config
 
 
+def alone(name: str, recipe: Recipe, world: int, precision: str) -> dict:
+    """The configuration of `name` for a recipe outside of a training, with its own micro batch (auto: 1)."""
+    path, config = read(name)
+    return in_force(path, config, share(recipe, world, 1), clip=recipe.optimizer.clip, precision=precision)
+
+
 def _agree(path: Path, key: str, theirs, ours, whose: str) -> None:
     if theirs != "auto" and theirs != ours:
         raise UserError(f'{path}: {key} = {theirs} contradicts {whose} ({ours}); write "auto" there')

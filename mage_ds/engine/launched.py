@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, MutableMapping
 
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PORTS = (12_000, 20_000)  # first, count: below the ports that Linux hands out by itself
 _RECORDED = (
     "SLURM_CLUSTER_NAME",
@@ -75,6 +76,11 @@ def first_host(nodes: str) -> str:
     """The first name of SLURM's short form of a list of nodes: "gpu[08-11,20],login" -> "gpu08"."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)[0]  # up to the first comma outside brackets
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def without_rank(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for a process that is no rank of this one's launch."""
+    return {name: value for name, value in environ.items() if name not in _OF_A_RANK}
 
 
 def slurm(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -37,6 +37,11 @@ def folder_of(run: Path, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step_{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder, also of one that was left behind."""
+    return int(folder.name.partition(".")[0].removeprefix("step_"))
+
+
 def find(run: Path, step: int | None = None) -> Path:
     """The folder of one checkpoint, the newest without `step`. Raises UserError where there is none."""
     known = steps(run)

@@ -25,13 +25,9 @@ _LAST_S = 90  # plain ssh: what the other hosts have, once one of them has ended
 
 # Run on every host: whether this folder, this Python and this mage_ds are there, and how other hosts reach it.
 _PROBE = """
-import os, socket, subprocess, mage_ds
-address = os.environ["SSH_CONNECTION"].split()[2]
-if address.startswith("127.") or address == "::1":
-    address = (subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split() or [address])[0]
-free = socket.socket()
-free.bind(("", 0))
-print(mage_ds.__version__, address, free.getsockname()[1])
+import mage_ds
+from mage_ds.engine import machine
+print(mage_ds.__version__, *machine.meeting_place().values())
 """
 
 

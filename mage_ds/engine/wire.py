@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from mage_ds.engine import process
+from mage_ds.engine import launched, process
 
 LIMIT_S = 120  # for the ranks, which end by themselves then, on whichever host they are
 MIB = {"gloo": 16, "nccl": 256}  # summed per repetition
@@ -97,8 +97,7 @@ def launch(
 
 def _run(words: Sequence[str], log: str, gpus: bool, seconds: float) -> int | None:
     """Its exit code, None where it had to be ended."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in ranks} | {"PYTHONUNBUFFERED": "1"}
+    env = launched.without_rank() | {"PYTHONUNBUFFERED": "1"}
     if not gpus:
         env.setdefault("DS_ACCELERATOR", "cpu")
     with open(log, "w") as file:

@@ -56,12 +56,11 @@ def scale(name: str, overrides: list[str], *, stages: list[str], checkpointing: 
 
 
 def _config(recipe: Recipe, name: str, precision: str, world: int) -> dict:
-    path, config = ds_config.read(name)
+    config = ds_config.alone(name, recipe, world, precision)
     for block in ("offload_optimizer", "offload_param"):
-        if block in config.get("zero_optimization", {}):
+        if block in config["zero_optimization"]:
             config["zero_optimization"][block]["pin_memory"] = False  # needs a GPU
-    share = ds_config.share(recipe, world, 1)
-    return ds_config.in_force(path, config, share, clip=recipe.optimizer.clip, precision=precision)
+    return config
 
 
 def _measure(recipe: Recipe, config: dict, dtype: torch.dtype) -> dict[str, float]:

@@ -54,10 +54,8 @@ def save(
 def _engine(recipe: Recipe, deepspeed_config: str, me):
     machine = recipe.machine.model_copy(update={"micro_batch": 1, "compile": False})
     recipe = recipe.model_copy(update={"machine": machine, "batch": me.world})
-    path, config = ds_config.read(deepspeed_config)
     precision = ds_config.choose_precision(machine.precision, me.device)
-    share = ds_config.share(recipe, me.world, 1)
-    config = ds_config.in_force(path, config, share, clip=recipe.optimizer.clip, precision=precision)
+    config = ds_config.alone(deepspeed_config, recipe, me.world, precision)
     model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, config)
     return wrap.wrap(model, recipe, config, me.device)
 

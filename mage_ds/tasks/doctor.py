@@ -14,7 +14,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mage_ds.engine import hosts, machine, wire
+from mage_ds.engine import hosts, launched, machine, wire
 from mage_ds.errors import UserError
 from mage_ds.report import findings, host_table
 
@@ -125,10 +125,8 @@ class Session:
         if self.dead:
             raise NoAnswer(self.dead)
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed with the session)
-        ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        env = {key: value for key, value in os.environ.items() if key not in ranks}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
-        self._process = subprocess.Popen(self._words, env=env, text=True, errors="replace", **pipes)
+        self._process = subprocess.Popen(self._words, env=launched.without_rank(), text=True, errors="replace", **pipes)
         self._lines = queue.SimpleQueue()
         threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
         try:

@@ -7,6 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from mage_ds.engine import retention
 from mage_ds.errors import UserError
 from mage_ds.recipes import load_recipe, recipe_file, recipe_names, resolve
 from mage_ds.report.progress import duration
@@ -65,8 +66,6 @@ def checkpoints(run, *, verify: bool = False) -> None:
     verify: read every file and compare its checksum; else its size only. Raises UserError, after the table, where one
     is damaged: the line names the file.
     """
-    from mage_ds.engine import retention
-
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: is no run folder (it has no recipe.yaml)")
@@ -85,7 +84,7 @@ def checkpoints(run, *, verify: bool = False) -> None:
         notes += (
             [f"newest {len(folders) - i} of {report.keep}"] if len(folders) - i in range(1, report.keep + 1) else []
         )
-        notes += ["kept for good"] if _for_good(report, int(_step(folder)), recipe.batch, meta) else []
+        notes += ["kept for good"] if _for_good(report, retention.step_of(folder), recipe.batch, meta) else []
         notes += [f"pinned: {', '.join(retention.pins(folder))}"] if retention.pins(folder) else []
         state = "DAMAGED" if problem else "checksums" if verify else "sizes"
         rows.append([*_facts(folder, meta), state, "; ".join(notes)])
@@ -123,10 +122,6 @@ def _checked(folders: list[Path], verify: bool) -> dict[Path, tuple[dict | None,
     return found
 
 
-def _step(folder: Path) -> str:
-    return str(int(folder.name.split(".")[0].removeprefix("step_")))
-
-
 def _for_good(report, step: int, batch: int, meta: dict | None) -> bool:
     """Whether this is one of those that `report.keep_every` keeps."""
     if not meta or not meta.get("dataset") or not report.keep_every:
@@ -141,7 +136,7 @@ def _size(meta: dict) -> int:
 
 def _facts(folder: Path, meta: dict | None) -> list[str]:
     """Step, epoch, sample of the epoch, size and age of a checkpoint, as text."""
-    step = _step(folder)
+    step = str(retention.step_of(folder))
     if meta is None:
         return [step, "?", "?", "?", "?"]
     n, position = meta.get("dataset"), meta.get("position", 0)

@@ -56,7 +56,7 @@ def sample(
     folder = process.on_first(lambda: retention.find(run, checkpoint))
     if not process.on_first(lambda: retention.pin(folder, f"sampled into {out}")):
         process.say(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it")
-    checkpoint = int(folder.name.removeprefix("step_"))
+    checkpoint = retention.step_of(folder)
     paint, settings = _load(run, checkpoint, steps, temperature, seed, round)
     if batch is None:
         before = process.on_first(lambda: pictures.read_manifest(out)) or {}

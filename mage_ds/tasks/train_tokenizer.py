@@ -51,8 +51,7 @@ def train_tokenizer(
         wrap.initialize_weights(vqgan, recipe.seed)
         if recipe.codebook_init == "data" and plan.source is None:
             _codebook_from_data(vqgan.to(process.start().device), plan, catalog)
-        forward = planner.forward_flops(lambda: outline(_picture_on_meta(recipe)))
-        opened = training.begin(plan, {"tokenizer": vqgan}, flops_per_image=3 * forward)
+        opened = training.begin(plan, {"tokenizer": vqgan}, flops_per_image=planner.flops_per_image(recipe))
         loop.train(
             opened.engines,
             training.stream(plan, catalog),

@@ -3,7 +3,6 @@
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -12,10 +11,9 @@ import time
 import uuid
 from pathlib import Path
 
-from launched import environment
+from launched import MARK, environment, kill_all, living
 
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on every user's PATH
-_MARK = "MAGE_DS_TEST"
 # The nodes' names are addresses: they need no name service. A job that is queued again waits until its credential has
 # expired, 5 s at least.
 _CONF = """
@@ -69,7 +67,7 @@ class Cluster:
         # Not pytest's own folder: munge wants one that others may enter.
         self.folder = Path(tempfile.mkdtemp(prefix="mage_ds_slurm_"))
         self._conf = self.folder / "slurm.conf"
-        ours = {"SLURM_CONF": str(self._conf), "VIRTUAL_ENV": sys.prefix, _MARK: self._mark}
+        ours = {"SLURM_CONF": str(self._conf), "VIRTUAL_ENV": sys.prefix, MARK: self._mark}
         self.env = {k: v for k, v in environment().items() if not k.startswith("SLURM_")} | ours
 
     def __enter__(self):
@@ -87,13 +85,7 @@ class Cluster:
         for daemon in reversed(self._daemons):
             daemon.terminate()
         self._wait(lambda: all(daemon.poll() is not None for daemon in self._daemons), 20)
-        while left := self._processes():
-            for pid in left:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            [daemon.poll() for daemon in self._daemons]
+        kill_all(f"{MARK}={self._mark}", self._daemons)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -132,26 +124,10 @@ class Cluster:
             time.sleep(0.1)
         return bool(met)
 
-    def _processes(self) -> list[int]:
-        """All that carries the mark: daemons, step managers, scripts, ranks."""
-        mark, found = f"{_MARK}={self._mark}".encode(), []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:  # it ended meanwhile
-                continue
-        return found
-
     def rank(self, number: int) -> int | None:
         """The process id of a rank of the running step, None before it is one."""
-        for pid in self._processes():
-            try:
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                names = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"mage_ds" in words and b"srun" not in words[0] and f"SLURM_PROCID={number}".encode() in names:
+        for pid, words in living(f"{MARK}={self._mark}").items():
+            if b"mage_ds" in words and b"srun" not in words[0] and pid in living(f"SLURM_PROCID={number}"):
                 return pid
         return None
 
