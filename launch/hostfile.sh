@@ -16,8 +16,8 @@
 # Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves, and the same command continues. Exit codes: 0 finished, 75 stopped
 # after saving, 2 the line on the screen says what to mend, 1 all else.
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-source "$ROOT/launch/restarts.sh"
+HERE=$(dirname "${BASH_SOURCE[0]}")
+source "$HERE/restarts.sh"
 
 SSH_PORT="" LAUNCHER="" ADDRESS=""
 while [ $# -gt 0 ]; do
@@ -39,6 +39,10 @@ if [ -z "$LAUNCHER" ]; then
     if command -v pdsh >/dev/null; then LAUNCHER=pdsh; else LAUNCHER=ssh; fi
 fi
 case $LAUNCHER in pdsh | ssh) ;; *) refuse "--launcher $LAUNCHER: must be pdsh or ssh" ;; esac
+[ -r "$HOSTFILE" ] || refuse "$HOSTFILE: cannot be read; see hostfile.example"
+find_run "$@"
+
+source "$HERE/environment.sh" # sets up what is missing, which takes minutes: the command line is right by now
 # DeepSpeed puts both into a line for pdsh as they are.
 if [ "$LAUNCHER" = pdsh ] && [[ ! $PWD$VIRTUAL_ENV =~ ^[A-Za-z0-9_./@%+=:,-]+$ ]]; then
     refuse "$PWD, $VIRTUAL_ENV: pdsh needs paths without blanks and signs; use --launcher ssh, or other folders"
@@ -79,7 +83,6 @@ prepare_start() {
     fi
 }
 
-find_run "$@"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export DS_ENV_FILE=$scratch/.deepspeed_env

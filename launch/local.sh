@@ -10,8 +10,8 @@
 # Stop it with Ctrl-C, SIGTERM or SIGUSR1: it saves, and the same command continues. Exit codes: 0 finished, 75 stopped
 # after saving, 2 the line on the screen says what to mend, 1 all else.
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-source "$ROOT/launch/restarts.sh"
+HERE=$(dirname "${BASH_SOURCE[0]}")
+source "$HERE/restarts.sh"
 
 RANKS=()
 while [ $# -gt 0 ]; do
@@ -27,7 +27,9 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 [ $# -gt 0 ] && [[ $1 != -* ]] || refuse "usage: bash $0 [OPTIONS] RECIPE [key=value ...] --data DATA --out RUN ..."
+find_run "$@"
 
+source "$HERE/environment.sh" # sets up what is missing, which takes minutes: the command line is right by now
 find_accelerators
 if [ "${DS_ACCELERATOR:-}" = cpu ] && [ ${#RANKS[@]} = 0 ]; then
     RANKS=(--num_accelerators "$ACCELERATORS")
@@ -39,5 +41,4 @@ prepare_start() {
     LAUNCH=(deepspeed --quiet --hostfile /dev/null "${RANKS[@]}" --master_port "$port" --module mage_ds train)
 }
 
-find_run "$@"
 train "$@"

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Sourced by local.sh and hostfile.sh after environment.sh, not started. Starts a training, and starts it again when it
-# dies. A script reads its options, defines `prepare_start`, which sets LAUNCH to the words that start it or returns 1
-# where that cannot be now, sets HOSTS to nothing or to hostfile and ssh port, then calls `find_run "$@"` and `train "$@"`.
+# Sourced by local.sh and hostfile.sh, not started. Starts a training, and starts it again when it dies. A script reads
+# its options, calls `find_run "$@"` and sources environment.sh; it defines `prepare_start`, which sets LAUNCH to the
+# words that start it or returns 1 where that cannot be now, sets HOSTS to nothing or to hostfile and ssh port, and
+# then calls `train "$@"`.
 
 RESTARTS=10 BACKOFF=10 LONGEST_BACKOFF=300
 STOPPED="" JOB="" WATCH=""

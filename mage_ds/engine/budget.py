@@ -93,7 +93,9 @@ def _sharded_weights(sizes: list[int], zero: dict, width: int, world: int, away:
     bucket = _bucket(zero, _FLOAT32)
     device["buffers"] = bucket + width * gathered
     at_once = _FLOAT32 * min(shard, zero.get("sub_group_size", _LIVE))  # updated together, its gradient copied first
-    return Held(device, host, bucket + (0 if away else at_once))
+    # A bucket is laid out anew by ranks to be reduced; weights of other blocks are gathered meanwhile.
+    together = min(count, zero.get("reduce_bucket_size", _BUCKET))
+    return Held(device, host, bucket + (0 if away else at_once), _FLOAT32 * together, together / count)
 
 
 def _bucket(zero: dict, width: int) -> float:

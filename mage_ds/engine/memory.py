@@ -104,6 +104,9 @@ def _weights(engine) -> Iterator[torch.Tensor]:
         yield tensor
         if hasattr(tensor, "ds_tensor"):
             yield tensor.ds_tensor
+    for gathering in getattr(engine.module, "ds_inflight_param_registry", {}).values():  # stage 3, ahead of their use
+        for handle in getattr(gathering, "handles", [gathering]):
+            yield from _tensors(getattr(handle, "partitions", []))
 
 
 def _optimizer(engine) -> Iterator[torch.Tensor]:

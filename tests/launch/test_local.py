@@ -2,13 +2,17 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launched import OFTEN, TINY, Script, losses, status
 
 pytestmark = pytest.mark.processes
+
+_SCRIPTS = Path(__file__).parents[2] / "launch"
 
 # In place of `deepspeed`: each start does what the next line of the file `script` says, "STATE STEP EXIT_CODE CODE":
 # the status.json that it leaves (- for none) and its own exit code.
@@ -48,6 +52,22 @@ def scripted(tmp_path):
             return code, script.output, (tmp_path / "starts").read_text().splitlines()
 
     return run
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["local.sh", "--restarts", "x", "digits_mage"], "local.sh: --restarts x: must be a whole number"),
+        (["local.sh", "digits_mage", "--data", "d"], "local.sh: --out RUN is missing"),
+        (["hostfile.sh", "nowhere", "digits_mage", "--out", "r"], "hostfile.sh: nowhere: cannot be read"),
+    ],
+)
+def test_the_command_line_is_read_before_anything_is_set_up(words, said, tmp_path):
+    env = {"PATH": "/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)}  # an environment that cannot be set up
+    done = subprocess.run(
+        ["bash", _SCRIPTS / words[0], *words[1:]], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith(said), done
 
 
 def test_status_decides_not_the_exit_code_of_deepspeed(scripted):
