@@ -2,8 +2,9 @@
 
 RUN/checkpoints/step_000500/ holds safetensors files with, for each engine, by parameter name, the float32 weight
 and the optimizer's moments, and `meta.json`: counts, stream position, what the run is, and each file's size and
-SHA-256. Nothing in it is a pickle. The ranks write files in turn into a hidden folder, which is read again,
-verified and published by one rename; until then the checkpoint before it is the newest.
+SHA-256. Buffers stand with the weights; those that are no part of the model's state_dict, which only its training
+needs, in a file of their own. Nothing in it is a pickle. The ranks write files in turn into a hidden folder, which is
+read again, verified and published by one rename; until then the checkpoint before it is the newest.
 """
 
 import hashlib
@@ -119,6 +120,10 @@ def load(folder: Path, engines: dict, meta: dict | None = None) -> dict:
         _load_kind(folder, meta, f"{name}.weight.", engine, None)
         for key in state.MOMENTS:
             _load_kind(folder, meta, f"{name}.{key}.", engine, key)
+        _, beside = _buffers(engine)
+        for key, value in read_tensors(folder, meta, f"{name}.buffer."):
+            if key in beside:
+                beside[key].copy_(value)
         state.set_updates(engine, meta["engines"][name]["updates"])
     process.barrier()
     return meta
@@ -131,9 +136,24 @@ def verified(folder: Path) -> dict:
     return meta
 
 
+def newest_whole(run: Path) -> Path:
+    """The newest checkpoint whose files are whole, as a run that is started again unseen needs it. What is damaged
+    above it is said. Raises UserError where none is whole."""
+    known = steps(run)
+    for step in reversed(known):
+        folder = folder_of(run, step)
+        try:
+            verified(folder)
+            return folder
+        except UserError as error:
+            if step == known[0]:
+                raise
+            process.say(f"{str(error).partition(';')[0]}; looking at the one before")
+
+
 def _load_kind(folder: Path, meta: dict, prefix: str, engine, key: str | None) -> None:
     missing = state.parameters(engine)
-    buffers = dict(engine.module.named_buffers()) if key is None else {}
+    buffers, _ = _buffers(engine) if key is None else ({}, {})
     for name, value in read_tensors(folder, meta, prefix):
         if name in buffers:
             buffers.pop(name).copy_(value)
@@ -144,6 +164,13 @@ def _load_kind(folder: Path, meta: dict, prefix: str, engine, key: str | None) -
         state.set_full(engine, parameter, value, key)
     if missing:
         raise UserError(f"{folder}: lacks {next(iter(missing))}, which the recipe's model has")
+
+
+def _buffers(engine) -> tuple[dict, dict]:
+    """The buffers of an engine's model by name: those of its state_dict, and the others."""
+    buffers, names = dict(engine.module.named_buffers()), engine.module.state_dict().keys()
+    beside = {name: buffers.pop(name) for name in buffers.keys() - names}
+    return buffers, beside
 
 
 # --- writing -------------------------------------------------------------------------------------------------
@@ -190,8 +217,10 @@ def save(run: Path, step: int, engines: dict, facts: dict, *, keep: int, keep_ev
         state.ensure_moments(engine)
         parameters = state.parameters(engine)
         meta["engines"][name] = {"updates": state.updates(engine), "parameters": len(parameters)}
-        for kind, key in (("weight", None), *((moment, moment) for moment in state.MOMENTS)):
-            error = _write_kind(aside, f"{name}.{kind}", engine, parameters, key, written, seconds)
+        buffers, beside = _buffers(engine)
+        kinds = [("weight", None, parameters, buffers), *((key, key, parameters, {}) for key in state.MOMENTS)]
+        for kind, key, *tensors in (*kinds, ("buffer", None, {}, beside)):
+            error = _write_kind(aside, f"{name}.{kind}", engine, *tensors, key, written, seconds)
             failed = failed or error
     outcomes = process.gather_objects((written, failed))
     problems = [error for _, error in outcomes if error]
@@ -220,9 +249,9 @@ def _fresh(run: Path, aside: Path, engines: dict) -> None:
 
 
 def _write_kind(
-    aside: Path, stem: str, engine, parameters: dict, key: str | None, written: dict, seconds: dict
+    aside: Path, stem: str, engine, parameters: dict, buffers: dict, key: str | None, written: dict, seconds: dict
 ) -> str | None:
-    """Write one kind of tensor of one engine; file j is collected and written by rank j mod world.
+    """Write one kind of tensor of one engine, then `buffers`; file j is collected and written by rank j mod world.
 
     Every rank takes part in joining each shard. An error is returned, not raised, so that no rank leaves the
     others alone in a collective.
@@ -249,8 +278,8 @@ def _write_kind(
         size += value.numel() * 4
         if size >= _FILE_BYTES:
             close()
-    if key is None and number % me.world == me.rank:
-        held.update({name: value.cpu().clone() for name, value in engine.module.named_buffers()})
+    if number % me.world == me.rank:
+        held.update({name: value.cpu().clone() for name, value in buffers.items()})
     close()
     return failed
 

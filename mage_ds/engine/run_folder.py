@@ -80,7 +80,7 @@ def read_status(path: Path) -> dict:
 def choose_start(out: Path, recipe: Recipe, facts: dict, resume: str, extend: bool) -> Path | None:
     """The checkpoint folder that a start in `out` continues from, None for a new run. Creates nothing.
 
-    resume: auto, never, or the path of a checkpoint folder of this run.
+    resume: auto (the newest whole one), never, or the path of a checkpoint folder of this run.
     Raises UserError where `out` holds another run: the line says what differs.
     """
     if not (out / "recipe.yaml").exists():
@@ -98,7 +98,7 @@ def choose_start(out: Path, recipe: Recipe, facts: dict, resume: str, extend: bo
         if folder.resolve().parent != (out / "checkpoints").resolve() or not (folder / "meta.json").exists():
             raise UserError(f"--resume {resume}: must be auto, never or a checkpoint folder in {out}/checkpoints")
         return folder
-    return checkpoint.find(out) if checkpoint.steps(out) else None
+    return checkpoint.newest_whole(out) if checkpoint.steps(out) else None
 
 
 def _refuse_differences(out: Path, recipe: Recipe, facts: dict, extend: bool) -> None:

@@ -146,8 +146,9 @@ def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None
 
 
 def _claim(plan: Plan, save_tokenizer) -> tuple[str, dict | None]:
-    """Rank 0's part: first verify the checkpoint, so that a damaged one leaves the folder as it is."""
-    meta = checkpoint.verified(plan.source) if plan.source else None
+    """Rank 0's part: first verify the checkpoint (auto: it is already), so that a damaged one changes nothing."""
+    read = checkpoint.read_meta if plan.options.resume == "auto" else checkpoint.verified
+    meta = read(plan.source) if plan.source else None
     return run_folder.create(plan.options.out, plan.recipe, plan.facts, plan.config, save_tokenizer), meta
 
 
