@@ -7,11 +7,14 @@ Parameters are named as in the published files.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Distances that the search for the nearest code holds at once. More is slower on a CPU: an allocation of 32 MiB and
+# more is fresh memory each time.
+_SEARCH_BYTES = 2**24
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -108,7 +111,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook: nearest code by squared L2 distance, found in float32 whatever the module's dtype."""
+    """The codebook: nearest code by squared L2 distance, found in float64 whatever the module's dtype."""
 
     def __init__(self, *, codes: int, code_dim: int):
         super().__init__()
@@ -117,15 +120,15 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """z (B, D, h, w) -> tokens int64 (B, h w) in raster order; of equally near codes the lowest index."""
+        """z (B, D, h, w) -> tokens int64 (B, h w) in raster order; of equally near codes the lowest index.
+
+        Pictures are searched a few at a time: at most _SEARCH_BYTES of distances (or one picture's) are in memory.
+        """
         # A call, not .weight: where the parameter is sharded, it is whole in its own module's forward only.
-        codebook = _exact(self.embedding(torch.arange(self.codes, device=z.device)))
-        points = _exact(z).flatten(2).transpose(1, 2)
-        with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
-            # |z - e|^2 without the part that is equal for all codes
-            norms = codebook.square().sum(dim=1)
-            distance = torch.addmm(norms, points.flatten(0, 1), codebook.T, alpha=-2.0)
-        return distance.argmin(dim=1).view(points.shape[:2])
+        codebook = self.embedding(torch.arange(self.codes, device=z.device)).double()
+        at_once = max(1, _SEARCH_BYTES // (8 * self.codes * z.shape[2] * z.shape[3]))
+        points = z.flatten(2).transpose(1, 2)
+        return torch.cat([_nearest(some.double(), codebook) for some in points.split(at_once)])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z (B, D, h, w) -> codes (B, D, h, w), tokens int64 (B, h w), codebook and commitment loss (B,).
@@ -198,6 +201,20 @@ class Vqgan(nn.Module):
         else:
             bound = (module.in_channels * math.prod(module.kernel_size)) ** -0.5
         return value.uniform_(-bound, bound, generator=generator)
+
+
+def _nearest(points: Tensor, codebook: Tensor) -> Tensor:
+    """points (b, N, D), codebook (K, D), both float64 -> indices (b, N) of the nearest codes.
+
+    The choice is that of exact arithmetic wherever float32 could tell two distances apart. A product of matrices
+    may round two equal codes differently: distances are equal that differ by no more than its rounding can make.
+    """
+    norms = codebook.square().sum(dim=1)
+    # |z - e|^2 without |z|^2, which is equal for all codes
+    distance = torch.addmm(norms, points.flatten(0, 1), codebook.T, alpha=-2.0).view(*points.shape[:2], len(codebook))
+    rounding = codebook.shape[1] * torch.finfo(torch.float64).eps * (points.square().sum(dim=2) + norms.amax())
+    least = distance.amin(dim=2) + rounding
+    return (distance <= least[..., None]).view(torch.uint8).argmax(dim=2)  # the first
 
 
 def _exact(x: Tensor) -> Tensor:

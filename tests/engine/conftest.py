@@ -35,8 +35,8 @@ def signals():
         signal.signal(number, handler)
 
 
-def start_ranks(folder: Path, world: int, *scenarios: str) -> list[subprocess.Popen]:
-    """ranks.py in `world` processes, with the environment that a launcher gives; their screens go to rank_N.log."""
+def start_ranks(folder: Path, world: int, *scenarios: str, script: str = "ranks.py") -> list[subprocess.Popen]:
+    """`script` in `world` processes, with the environment that a launcher gives; their screens go to rank_N.log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +46,7 @@ def start_ranks(folder: Path, world: int, *scenarios: str) -> list[subprocess.Po
         environment = os.environ | {key: str(value) for key, value in ours.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
         with open(folder / f"rank_{rank}.log", "w") as log:
-            command = [sys.executable, str(HERE / "ranks.py"), str(folder), *scenarios]
+            command = [sys.executable, str(HERE / script), str(folder), *scenarios]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     return started
 

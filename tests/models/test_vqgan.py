@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mage_ds.engine.memory import Live
 from mage_ds.models import Vqgan, initialize
+from mage_ds.models.vqgan import Quantizer
 
 FULL = {"channels": 128, "multipliers": [1, 1, 2, 2, 4], "blocks": 2, "code_dim": 256, "codes": 1024}
 TINY = {"channels": 32, "multipliers": [1, 2, 2], "blocks": 2, "code_dim": 6, "codes": 20}
@@ -168,11 +171,67 @@ def test_nearest_code_against_float64(dtype, autocast):
     assert (tokens.view(-1) == distance.argmin(dim=1)).double().mean() > 0.999
 
 
-def test_of_equal_codes_the_first_is_taken():
-    quantize = Vqgan(**TINY).quantize
+def full_size_quantizer(batch):
+    """1024 codes of 256 numbers, far from the origin: a third of them a few float32 steps beside another."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(1024, 256, generator=generator) + 3
+    codes[700:] = codes[:324] * (1 + 3e-7 * torch.randn(324, 256, generator=generator))
+    quantize = Quantizer(codes=1024, code_dim=256)
     with torch.no_grad():
-        quantize.embedding.weight[10:] = quantize.embedding.weight[:10]
-    assert quantize.nearest(torch.randn(2, 6, 8, 8)).max() < 10
+        quantize.embedding.weight.copy_(codes[torch.randperm(1024, generator=generator)])
+    z = quantize.embedding.weight.detach()[torch.randint(0, 1024, (batch, 256), generator=generator)]
+    z = z + 0.3 * torch.randn(z.shape, generator=generator)
+    return quantize, z.transpose(1, 2).unflatten(2, (16, 16))
+
+
+def direct_distances(quantize, z):
+    """Squared distances in float64 by subtraction, (B h w, codes)."""
+    points = z.double().permute(0, 2, 3, 1).flatten(0, 2)
+    codes = quantize.embedding.weight.detach().double()
+    return torch.stack([(points - code).square().sum(1) for code in codes], dim=1)
+
+
+def test_the_choice_is_float64s_where_float32_cannot_tell():
+    quantize, z = full_size_quantizer(3)
+    tokens, distance = quantize.nearest(z).flatten(), direct_distances(quantize, z)
+    assert torch.equal(tokens, distance.argmin(dim=1))
+    codes = quantize.embedding.weight.detach()
+    points = z.permute(0, 2, 3, 1).flatten(0, 2)
+    rounded = torch.addmm(codes.square().sum(1), points, codes.T, alpha=-2).argmin(1)
+    assert (rounded != tokens).sum() > 50  # what this test would see otherwise
+
+
+def test_of_equal_codes_the_first_is_taken():
+    """Also where the product of matrices rounds two equal columns differently."""
+    quantize, z = full_size_quantizer(3)
+    first = torch.arange(1024)
+    first[400:] = first[:400].repeat(2)[:624]
+    with torch.no_grad():
+        quantize.embedding.weight.copy_(quantize.embedding.weight[first].clone())
+    tokens = quantize.nearest(z).flatten()
+    assert tokens.max() < 400
+    assert torch.equal(tokens, direct_distances(quantize, z).argmin(dim=1))
+
+
+def test_nearest_code_picture_by_picture(monkeypatch):
+    quantize, z = full_size_quantizer(9)  # eight of them at once
+    whole = quantize.nearest(z)
+    assert torch.equal(whole, torch.cat([quantize.nearest(one[None]) for one in z]))
+    monkeypatch.setattr("mage_ds.models.vqgan._SEARCH_BYTES", 1)  # not even one picture's
+    assert torch.equal(whole, quantize.nearest(z))
+    assert quantize.nearest(z[:0]).shape == (0, 256)
+
+
+@pytest.mark.parametrize("batch", [64, 512])
+def test_memory_of_the_search_does_not_grow_with_the_batch(batch):
+    """All distances of 512 pictures would take 1 GiB."""
+    with FakeTensorMode():
+        quantize, z = Quantizer(codes=1024, code_dim=256), torch.empty(batch, 256, 16, 16)
+        with Live([z, *quantize.parameters()]) as live:
+            before = live.now
+            tokens = quantize.nearest(z)
+        assert tokens.shape == (batch, 256)
+    assert live.peak - before < 30 * 2**20 + 2 * tokens.nbytes
 
 
 def test_straight_through():

@@ -1,0 +1,1 @@
+"""Other people's files, through key tables: the authors' checkpoints, exports, published weights of losses."""
