@@ -42,16 +42,35 @@ def grid(images: np.ndarray, columns: int | None = None, pad: int = 2, captions=
 
 def rows(entries: list, pad: int = 2) -> np.ndarray:
     """Labelled rows, one below the other: (caption, images uint8 (n, H, W, 3)), all of one size and n."""
-    strips = [grid(images, columns=len(images), pad=pad) for _, images in entries]
-    margin = max(_width(caption) for caption, _ in entries) + 14
-    high, wide = strips[0].shape[:2]
-    sheet = np.full((len(strips) * (high - pad) + pad, margin + wide, 3), _PAPER, np.uint8)
-    tops = [i * (high - pad) for i in range(len(strips))]
-    for top, strip in zip(tops, strips, strict=True):
-        sheet[top : top + high, margin:] = strip
-    spots = [(margin - 7, top + high / 2) for top in tops]
-    captions = [caption for caption, _ in entries]
+    return _labelled([(caption, images, None) for caption, images in entries], pad)
+
+
+def _labelled(entries: list, pad: int) -> np.ndarray:
+    """entries: (caption of the row, images, captions of the images or None)."""
+    strips = [grid(images, columns=len(images), pad=pad, captions=under) for _, images, under in entries]
+    margin = max(_width(caption) for caption, *_ in entries) + 14
+    tops = np.cumsum([0, *(len(strip) - pad for strip in strips)])
+    sheet = np.full((tops[-1] + pad, margin + strips[0].shape[1], 3), _PAPER, np.uint8)
+    for top, strip in zip(tops, strips, strict=False):
+        sheet[top : top + len(strip), margin:] = strip
+    spots = [(margin - 7, top + len(strip) / 2) for top, strip in zip(tops, strips, strict=False)]
+    captions = [caption for caption, *_ in entries]
     return _write(sheet, list(zip(spots, captions, strict=True)), anchor="rm")
+
+
+def pairs(blocks: list, columns: int) -> np.ndarray:
+    """Originals above their reconstructions, captions beneath; one block below the other.
+
+    blocks: (title, originals uint8 (n, H, W, 3), reconstructions likewise, n captions), all of one size,
+    n <= columns; places that a block does not fill stay white.
+    """
+    entries = []
+    for title, originals, drawn, captions in blocks:
+        missing = ((0, columns - len(originals)), (0, 0), (0, 0), (0, 0))
+        above, below = (np.pad(images, missing, constant_values=_PAPER) for images in (originals, drawn))
+        entries.append((title, above, None))
+        entries.append(("reconstructed", below, [*captions, *[""] * missing[0][1]]))
+    return _labelled(entries, pad=2)
 
 
 def mask_overlay(image: np.ndarray, masked: np.ndarray) -> np.ndarray:

@@ -4,7 +4,10 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+_SAY_EVERY_S = 10  # seconds between the lines of a counter
 _SECONDS_TO_MEASURE = 0.1  # each of at most four products
 # Dense 16-bit tensor-core peaks (operations/s) from the makers' data sheets. The first name that the device's
 # name contains counts, so longer names stand before the shorter ones that they contain.
@@ -173,6 +176,32 @@ class Progress:
         if "skipped" in self.last:
             parts.append(f"{self.last['skipped']} skipped")
         return ", ".join(parts)
+
+
+@contextmanager
+def counter(total: int, unit: str, done: str, *, first: bool, say: Callable[[str], None]) -> Iterator[Callable]:
+    """Gives advance(number of units): a bar in the terminal of the `first` rank, else lines with an ETA.
+
+    done: the verb of a line ("sampled 64/256 ..."); say: prints a line, on the first rank only, which speaks for all.
+    """
+    if first and sys.stdout.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit=unit, file=sys.stdout, dynamic_ncols=True, disable=not total) as bar:
+            yield lambda number: bar.update(min(number, total - bar.n))
+        return
+    began = said = time.perf_counter()
+    so_far = 0
+
+    def advance(number: int) -> None:
+        nonlocal said, so_far
+        so_far, now = min(total, so_far + number), time.perf_counter()
+        if now - said > _SAY_EVERY_S or so_far == total:
+            said, rate = now, so_far / (now - began)
+            left = f"eta {duration((total - so_far) / rate)}" if so_far < total else f"in {duration(now - began)}"
+            say(f"{done} {so_far:,}/{total:,}  {rate:.3g} {unit}s/s  {left}")
+
+    yield advance
 
 
 def _plain(value):

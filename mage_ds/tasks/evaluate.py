@@ -15,7 +15,7 @@ from mage_ds.engine import inference, process, retention, stored
 from mage_ds.errors import UserError
 from mage_ds.evaluation import readable as judge
 from mage_ds.inputs.catalog import Catalog, open_catalog
-from mage_ds.report import pictures
+from mage_ds.report import pictures, tables
 
 METRICS = ("readable",)
 _MOST = 20_000  # labelled pictures: the judge's fitting time grows with their square
@@ -93,7 +93,10 @@ def _samples(source: Path, manifest: dict | None) -> tuple[list, np.ndarray | No
     """The pictures to be judged, unselected, and their tokens where `sample` made them."""
     if manifest is None:
         if (source / "recipe.yaml").is_file():
-            raise UserError(f"{source}: is a run folder; make pictures with `mage-ds sample` and evaluate their folder")
+            raise UserError(
+                f"{source}: is a run folder; make pictures with `mage-ds sample` and evaluate their folder, or give "
+                "--data DATA instead of --reference to evaluate a tokenizer"
+            )
         return _decoded(open_catalog(source)), None
     if not manifest["complete"]:
         raise UserError(f"{source}: its pictures are not complete; start the same `mage-ds sample` again")
@@ -198,11 +201,7 @@ def _table(rows: dict, classes: list[str], copies: dict, remark: str) -> str:
         right = f"{row['right']:.1%}" if "right" in row else "-"
         shares = [f"{share:.1%}" for share in row["classes"][: len(classes)]]
         lines.append([name, str(row["pictures"]), f"{row['readable']:.1%}", right, *shares])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        line[0].ljust(widths[0]) + "".join(f"  {c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
-        for line in lines
-    ]
+    text = [tables.aligned(lines)]
     text.append(f"(readable: judged with confidence > {judge.THRESHOLD}; right: judged as labelled; {shown})")
     if copies:
         parts = ", ".join(f"{share:.1%} of the {name}" for name, share in copies.items())

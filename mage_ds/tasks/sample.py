@@ -1,8 +1,5 @@
 """mage-ds sample: pictures out of a trained MAGE, in a folder that any number of processes can continue."""
 
-import sys
-import time
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -11,14 +8,13 @@ import numpy as np
 from mage_ds.engine import inference, process, retention, stored
 from mage_ds.errors import UserError
 from mage_ds.report import pictures
-from mage_ds.report.progress import duration
+from mage_ds.report.progress import counter
 from mage_ds.sampling import decode
 from mage_ds.sampling.tiles import mine, tiles
 
 _SOME = 16  # pictures that the detokenizer makes at once: at 256 px each of its activations takes 34 MB a picture
 _BATCH = 64
 _MOST = 2**31 - 1
-_SAY_EVERY_S = 10
 
 
 def sample(
@@ -66,7 +62,8 @@ def sample(
     num = process.on_first(lambda: pictures.open_folder(out, settings, num))
     whole = tiles(num, batch)
     todo = process.on_first(lambda: pictures.missing(out, num, whole))
-    with _progress(sum(int((tile < num).sum()) for tile in todo), me) as advance:
+    left = sum(int((tile < num).sum()) for tile in todo)
+    with counter(left, "picture", "sampled", first=me.first, say=process.say) as advance:
         for tile in mine(todo, me.rank, me.world):
             tokens, images = paint(tile)
             pictures.write_tile(out, num, tile, tokens, images)
@@ -114,26 +111,3 @@ def _load(run: Path, checkpoint, steps, temperature, seed: int, rounded: bool):
         return tokens.cpu().numpy(), np.concatenate(images)
 
     return paint, settings
-
-
-@contextmanager
-def _progress(total: int, me):
-    """advance(pictures): a bar in rank 0's terminal, else lines with an ETA; rank 0 speaks for all ranks."""
-    if me.first and sys.stdout.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, unit="picture", file=sys.stdout, dynamic_ncols=True, disable=not total) as bar:
-            yield lambda pictures: bar.update(min(pictures, total - bar.n))
-        return
-    began = said = time.perf_counter()
-    done = 0
-
-    def advance(pictures: int) -> None:
-        nonlocal said, done
-        done, now = min(total, done + pictures), time.perf_counter()
-        if now - said > _SAY_EVERY_S or done == total:
-            said, rate = now, done / (now - began)
-            left = f"eta {duration((total - done) / rate)}" if done < total else f"in {duration(now - began)}"
-            process.say(f"sampled {done:,}/{total:,}  {rate:.3g} pictures/s  {left}")
-
-    yield advance

@@ -56,6 +56,24 @@ def test_rows_have_captions_at_the_left():
     assert (sheet[:66, :margin] < 128).any() and (sheet[66:, :margin] < 128).any()
 
 
+def test_pairs_stand_one_above_the_other_and_leave_places_white():
+    blocks = [
+        ("own", pictures(3, 64, 64), pictures(3, 64, 64, seed=1), ["1 dB", "2 dB", "3 dB"]),
+        ("known", pictures(1, 64, 64, seed=2), pictures(1, 64, 64, seed=3), ["9 dB"]),
+    ]
+    sheet = grids.pairs(blocks, 3)
+    margin = sheet.shape[1] - (3 * 66 + 2)
+    top = 2
+    for _, originals, drawn, _ in blocks:
+        for images, under in ((originals, 0), (drawn, 18)):
+            for i in range(3):
+                tile = sheet[top : top + 64, margin + 2 + i * 66 :][:, :64]
+                assert (tile == (images[i] if i < len(images) else 255)).all()
+            top += 64 + under + 2
+        assert (sheet[top - 20 : top - 2, margin : margin + 66] < 128).any()  # captions beneath
+    assert sheet.shape[0] == top
+
+
 def test_overlay_covers_exactly_the_masked_tokens():
     images = pictures(2, 32, 32)
     masked = np.zeros((2, 16), bool)
