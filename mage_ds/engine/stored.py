@@ -1,17 +1,147 @@
-"""Trained models out of run folders, without DeepSpeed: for sampling, evaluation, export and as frozen parts."""
+"""Trained models out of run folders, exports and official files, without DeepSpeed: for sampling, evaluation, export
+and as frozen parts."""
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from mage_ds.engine import checkpoint, run_folder
+from mage_ds.engine import checkpoint, retention, run_folder
 from mage_ds.errors import UserError
-from mage_ds.models import Mage, Vqgan
+from mage_ds.interop import exported, official
+from mage_ds.interop.parts import MODELS, Parts, check, expected
+from mage_ds.models import Classifier, Mage, Vqgan
 from mage_ds.recipes.schema import Recipe
+
+_SHARED = ("image_size", "sampling", "unused", "origin")  # fields of Stored and Parts
+_ENGINES = {"pretrain": "mage", "tokenizer": "tokenizer"}  # of a run's task: what its model is called
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An opened model: float32, eval mode, on the CPU, without gradients.
+
+    kind: "mage", "tokenizer" or "classifier"; the model of that name, and the tokenizer where one came along;
+    image_size: pixels of a side; sampling: {"steps", "temperature"}, empty but for a mage; unused: tensors of a
+    foreign file that nothing here uses; origin: one line, what it is and where from.
+    """
+
+    kind: str
+    mage: Mage | None
+    classifier: Classifier | None
+    tokenizer: Vqgan | None
+    image_size: int
+    sampling: dict
+    unused: dict[str, Tensor]
+    origin: str
+
+
+def open_model(path: Path, tokenizer: Path | None = None, step: int | None = None) -> Stored:
+    """Opens a run folder, an export, or a file of the authors' layouts (pre-training, fine-tuned, tokenizer alone).
+
+    Args: tokenizer: another tokenizer than the one that belongs to it; step: a run's checkpoint (the newest).
+    Raises: UserError, one line, for what cannot be opened or does not fit.
+    """
+    parts = open_parts(Path(path), step)
+    built = {parts.kind: build(parts)}
+    if tokenizer is not None:
+        if parts.kind == "tokenizer":
+            raise UserError(f"{path}: is a tokenizer itself; leave out the tokenizer {tokenizer}")
+        built["tokenizer"], info = load_tokenizer(Path(tokenizer))
+        if parts.foreign and parts.tokenizer is None:  # nothing in the file says how large its pictures are
+            parts = replace(parts, image_size=math.isqrt(parts.model["tokens"]) * built["tokenizer"].factor)
+        size, codes = parts.image_size, info["model"]["codes"]
+        tokens = (size // built["tokenizer"].factor) ** 2 if size % built["tokenizer"].factor == 0 else 0
+        if tokens != parts.model["tokens"] or codes != parts.model.get("codes", codes):
+            raise UserError(
+                f"--tokenizer {tokenizer}: makes {tokens} tokens of {codes} codes of {size} px, {path} takes "
+                f"{parts.model['tokens']} of {parts.model.get('codes', codes)}; choose another"
+            )
+    elif parts.tokenizer is not None:
+        built["tokenizer"] = build(parts.tokenizer)
+    models = {kind: built.get(kind) for kind in MODELS}
+    return Stored(parts.kind, **models, **{name: getattr(parts, name) for name in _SHARED})
+
+
+def open_parts(path: Path, step: int | None = None, advance: Callable[[int], object] | None = None) -> Parts:
+    """The tables of whatever `open_model` opens, memory-mapped; a run's checkpoint has been verified.
+
+    advance(bytes) is called while a checkpoint is verified.
+    """
+    if (path / "recipe.yaml").is_file():
+        return _parts_of_run(path, step, advance)
+    if step is not None:
+        raise UserError(f"--checkpoint {step}: {path} is no run folder, it has one state only; leave the step out")
+    if (path / "config.json").is_file():
+        return exported.read(path)
+    if path.is_dir():
+        files = [each.name for pattern in ("*.pth", "*.ckpt") for each in sorted(path.glob(pattern))]
+        hint = f"give its file {path / files[0]}" if files else "train a run with `mage-ds train`, or export one"
+        raise UserError(f"{path}: is no run folder and no export (no recipe.yaml, no config.json); {hint}")
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder, export or file of a model; see the spelling")
+    return official.read(path)
+
+
+def _parts_of_run(path: Path, step: int | None, advance) -> Parts:
+    recipe = run_folder.load_recipe(path)
+    if recipe.task not in _ENGINES:
+        raise UserError(f"{path}: is a run of task {recipe.task}, which makes no model to hand on")
+    kind, folder = _ENGINES[recipe.task], retention.find(path, step)
+    meta = checkpoint.read_meta(folder)
+    if kind not in meta["engines"]:
+        raise UserError(f"{folder}: holds {', '.join(meta['engines'])}, not {kind}: is this the right run?")
+    checkpoint.verify(folder, meta, f"{kind}.weight.", advance=advance)
+    model, weights = recipe.model.model_dump(), dict(checkpoint.read_tensors(folder, meta, f"{kind}.weight."))
+    shapes = expected(kind, model, path)
+    check(weights, shapes, weights.keys() - shapes.keys(), folder)
+    tokenizer = None
+    if kind == "mage":
+        if not (path / "tokenizer" / "config.json").is_file():
+            raise UserError(f"{path}/tokenizer: is missing; copy the whole run folder")
+        tokenizer = exported.read(path / "tokenizer")
+    facts = {"description": recipe.description, "step": meta["step"], "recipe": recipe.model_dump()}
+    facts |= {name: meta[name] for name in ("data", "tokenizer") if meta.get(name)}
+    return Parts(
+        kind,
+        model,
+        weights,
+        recipe.inputs.image_size,
+        origin=f"run {path.resolve().name}, step {meta['step']:,}",
+        tokenizer=tokenizer,
+        sampling=recipe.sampling.model_dump() if kind == "mage" else {},
+        facts=facts | {"figures": figures(path, meta["step"])},
+    )
+
+
+def figures(run: Path, step: int) -> dict[str, float]:
+    """The last held-out figures that a run logged at or before `step`: empty where there are none."""
+    last = {}
+    try:
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
+                found = {key: v for key, v in record.items() if key.startswith("val") and isinstance(v, int | float)}
+                last = found or last
+    except OSError:
+        pass
+    return last
+
+
+def build(parts: Parts) -> Mage | Vqgan | Classifier:
+    """The model of these tables: float32, eval mode, CPU, without gradients."""
+    with torch.device("meta"):
+        model = MODELS[parts.kind](**parts.model)
+    model.to_empty(device="cpu").load_state_dict(parts.weights)
+    return model.eval().requires_grad_(False)
 
 
 def open_run(path: Path, task: str) -> Recipe:
@@ -44,41 +174,30 @@ def precision(path: Path) -> torch.dtype:
 def save_tokenizer(folder: Path, model: Vqgan, numbers: dict, image_size: int) -> None:
     """A tokenizer as a folder that stands alone: config.json and model.safetensors (float32)."""
     folder.mkdir(parents=True)
-    config = {"kind": "vqgan", "model": numbers, "image_size": image_size}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file(
-        {name: value.float().contiguous() for name, value in model.state_dict().items()},
-        folder / "model.safetensors",
-    )
+    exported.write(folder, Parts("tokenizer", numbers, model.state_dict(), image_size, origin=""))
 
 
 def load_tokenizer(path: Path, step: int | None = None) -> tuple[Vqgan, dict]:
-    """A frozen tokenizer (float32, eval mode, CPU) from a tokenizer folder or a tokenizer's run folder.
+    """A frozen tokenizer (float32, eval mode, CPU): of a tokenizer's run, folder or export, of the export of a model
+    with its tokenizer, or of a file of the authors' layouts, alone or `vqgan.*` in a MAGE's.
 
     Returns it and {"model": its numbers, "image_size": pixels, "hash": digest of its weights}.
     """
+    path = Path(path)
     if (path / "recipe.yaml").is_file():
-        recipe = open_run(path, "tokenizer")
-        weights, _ = checkpoint.load_weights(path, "tokenizer", step)
-        info = {"model": recipe.model.model_dump(), "image_size": recipe.inputs.image_size}
-    elif (path / "config.json").is_file():
-        try:
-            info = json.loads((path / "config.json").read_text())
-            info = {"model": info["model"], "image_size": info["image_size"]}
-            weights = load_file(path / "model.safetensors")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"{path}: damaged tokenizer folder ({error}); copy it again") from None
-    else:
+        open_run(path, "tokenizer")
+    elif not (path / "config.json").is_file() and not path.is_file():
         raise UserError(
-            f"--tokenizer {path}: neither a tokenizer's run folder nor a tokenizer folder; train one with "
+            f"--tokenizer {path}: neither a tokenizer's run folder nor a tokenizer folder nor a file; train one with "
             "`mage-ds train digits_tokenizer`, or give `random` to try a machine"
         )
-    try:
-        model = Vqgan(**info["model"])
-        model.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: its weights do not fit its config.json ({str(error).splitlines()[0]})") from None
-    return model.eval().requires_grad_(False), {**info, "hash": weights_hash(weights)}
+    parts = open_parts(path, step)
+    parts = parts if parts.kind == "tokenizer" else parts.tokenizer
+    if parts is None:
+        raise UserError(f"--tokenizer {path}: holds no tokenizer; give the one that it was trained with")
+    model = build(parts)
+    info = {"model": parts.model, "image_size": parts.image_size, "hash": weights_hash(model.state_dict())}
+    return model, info
 
 
 def weights_hash(weights: dict) -> str:

@@ -1,0 +1,67 @@
+"""A model as tables: what is read from a foreign file or an export, and what one is written from."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from mage_ds.errors import UserError
+from mage_ds.models import Classifier, Mage, Vqgan
+
+MODELS = {"mage": Mage, "tokenizer": Vqgan, "classifier": Classifier}
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Parts:
+    """kind: of MODELS; model: the numbers that build it; weights: its state_dict, in any floating dtype, maybe
+    memory-mapped; image_size: pixels; tokenizer: of a mage or classifier, where it came along; sampling: steps and
+    temperature of a mage; unused: tensors of a foreign file that nothing here uses, by the file's names; foreign:
+    whether it came from the authors' layout; facts: what a model card says, plain values; origin: one line.
+    """
+
+    kind: str
+    model: dict
+    weights: dict[str, torch.Tensor]
+    image_size: int
+    origin: str
+    tokenizer: "Parts | None" = None
+    sampling: dict = field(default_factory=dict)
+    unused: dict[str, torch.Tensor] = field(default_factory=dict)
+    foreign: bool = False
+    facts: dict = field(default_factory=dict)
+
+
+def expected(kind: str, model: dict, where) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors of a model of these numbers. Raises UserError where they build none."""
+    try:
+        with torch.device("meta"):
+            return {name: value.shape for name, value in MODELS[kind](**model).state_dict().items()}
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        text = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{where}: its sizes do not build a {kind} ({text}); take the file from its source") from None
+
+
+def check(weights: dict, shapes: dict[str, torch.Size], surplus: Iterable[str], where) -> None:
+    """Raises UserError, one line that names the first keys and counts them, where weights are missing or of another
+    shape or type than `shapes` says, or where there are some in `surplus` that would change what the model computes."""
+    missing = [name for name in shapes if name not in weights]
+    wrong = [
+        f"{name} {_form(weights[name])} instead of {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in weights and (weights[name].shape != shape or not weights[name].is_floating_point())
+    ]
+    kinds = {"missing": missing, "unexpected": sorted(surplus), "wrong": wrong}
+    found = [f"{len(names)} {kind}: {brief(names)}" for kind, names in kinds.items() if names]
+    if found:
+        raise UserError(f"{where}: does not fit: {'; '.join(found)}; is it the file of another model?")
+
+
+def brief(names: Iterable[str]) -> str:
+    """The first few of some names, for a line."""
+    names = [name[:120] for name in names]
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _form(value: torch.Tensor) -> str:
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
