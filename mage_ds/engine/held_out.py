@@ -8,13 +8,14 @@ import torch
 from mage_ds import keyed
 from mage_ds.engine import process, watch
 from mage_ds.engine.training import Plan
-from mage_ds.inputs import dali
+from mage_ds.inputs import dali, token_cache
 from mage_ds.inputs.batch import Batch
 from mage_ds.inputs.catalog import Catalog
 from mage_ds.inputs.quarantine import Quarantine
+from mage_ds.inputs.token_cache import TokenCache
 
 
-def batches(plan: Plan, catalog: Catalog) -> Iterator[tuple[Batch, torch.Tensor]]:
+def batches(plan: Plan, catalog: Catalog | TokenCache) -> Iterator[tuple[Batch, torch.Tensor]]:
     """This rank's share of the held-out pictures that the recipe measures, always the same ones.
 
     Yields (batch, counts): counts bool (B,) on the host is False for padding. Every rank yields as many batches,
@@ -37,7 +38,7 @@ def batches(plan: Plan, catalog: Catalog) -> Iterator[tuple[Batch, torch.Tensor]
         source.close()
 
 
-def shown(plan: Plan, catalog: Catalog, count: int) -> Batch:
+def shown(plan: Plan, catalog: Catalog | TokenCache, count: int) -> Batch:
     """This rank's share of `count` pictures to look at, always the same ones: as many on every rank, so that the
     forwards on them may be collective; `join` puts what is drawn of them together."""
     me = process.start()
@@ -67,12 +68,15 @@ def join(drawn: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([share[name] for share in shares])[:count] for name in drawn}
 
 
-def _open(plan: Plan, catalog: Catalog, indices: np.ndarray, batch: int) -> dali.Ahead:
+def _open(plan: Plan, catalog: Catalog | TokenCache, indices: np.ndarray, batch: int) -> dali.Ahead:
+    device = process.start().device
+    if isinstance(catalog, TokenCache):
+        return token_cache.evaluation(catalog, indices, batch=batch, device=device)
     return dali.evaluation(
         catalog,
         indices,
         batch=batch,
         inputs=plan.recipe.inputs,
-        device=process.start().device,
+        device=device,
         quarantine=Quarantine(None, 1.0, catalog.n),  # unreadable ones are not counted; `prepare` lists them
     )

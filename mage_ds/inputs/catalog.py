@@ -1,4 +1,7 @@
-"""What a data set is: a folder of pictures or of tars, with or without classes. Names, labels, bytes, a fingerprint."""
+"""What a data set is: a folder of pictures or of tars, with or without classes, or their tokens.
+
+Names, labels, bytes, a fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from mage_ds.errors import UserError
-from mage_ds.inputs import listing_cache
+from mage_ds.inputs import listing_cache, token_cache
 from mage_ds.inputs.listing import NOT_A_FILE, Listing, look, part_of
 from mage_ds.inputs.tars import ENDINGS
+from mage_ds.inputs.token_cache import TokenCache
 
 _SPLITS = ("train", "val")
 _LARGEST = 1 << 30  # bytes of one picture: a broken header must not ask for all memory
@@ -76,17 +80,24 @@ class Catalog:
         return data
 
 
-def open_catalog(path, split: str | None = None, check: bool = False) -> Catalog | None:
+def open_catalog(
+    path, split: str | None = None, check: bool = False, tokens: bool = False
+) -> Catalog | TokenCache | None:
     """The pictures below a folder; class = first folder of the relative path, or what tars say in `.cls`.
 
     Args: split: "train" or "val": the sub folder of that name if there is one, else the tars directly in the folder
     that are named after it; "train" without either is the folder itself, "val" without one is None.
-    check: list anew, whatever the cache says, and leave damaged tars out instead of refusing them.
+    check: list anew, whatever the cache says, and leave damaged tars out instead of refusing them; tokens: a token
+    cache will do as well, and is returned as such.
     Raises: UserError if the folder is missing, cannot be listed or holds no picture, or a tar is damaged.
     """
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"{root}: {_no_folder(root)}")
+    if token_cache.is_cache(root):
+        if tokens:
+            return token_cache.open_cache(root, split or "train")
+        raise UserError(f"{root}: holds tokens, and pictures are needed here; name the folder that it was made of")
     folder, part = _place(root, split)
     if folder is None:
         return None

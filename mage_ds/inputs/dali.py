@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mage_ds.errors import UserError
-from mage_ds.inputs import augment
+from mage_ds.inputs import augment, order
 from mage_ds.inputs.batch import Batch
-from mage_ds.inputs.order import sample_at
 from mage_ds.inputs.quarantine import Unreadable, picture_size
 
 AHEAD = 3  # finished batches that wait for the step
@@ -33,14 +32,29 @@ _PLACEHOLDER = np.frombuffer(b"P6\n1 1\n255\n\x80\x80\x80", dtype=np.uint8)
 
 
 def stream(catalog, *, seed, position, batch, micro_batch, rank, world, inputs, device, quarantine, views=1) -> Ahead:
-    """Endless training stream of this rank; step s covers the positions [position + s * batch, + batch).
+    """Endless training stream of this rank, in the order of `order.plans`. `inputs` is the recipe's section.
 
-    Micro-batch a of a step holds the positions from (a * world + rank) * micro_batch of it. `inputs` is the recipe's
-    section. Returns an iterator of Batch with images (micro_batch, views, 3, image_size, image_size).
+    Returns an iterator of Batch with images (micro_batch, views, 3, image_size, image_size).
     Raises while iterating: UserError when the quarantine's limit is exceeded.
     """
-    if batch % (micro_batch * world):
-        raise ValueError(f"batch {batch} is not a multiple of micro batch {micro_batch} x world {world}")
+    share = {"batch": batch, "micro_batch": micro_batch, "rank": rank, "world": world}
+    return planned(
+        catalog,
+        order.plans(catalog.n, seed=seed, position=position, **share),
+        seed=seed,
+        batch=micro_batch,
+        inputs=inputs,
+        device=device,
+        quarantine=quarantine,
+        views=views,
+    )
+
+
+def planned(catalog, plans, *, seed, batch, inputs, device, quarantine, views=1) -> Ahead:
+    """Pictures of given (epoch, index), int64 (batch,) each, cut as the training stream cuts them in that epoch.
+
+    index -1: padding. Returns an iterator of Batch, one for each of `plans`.
+    """
     size, augmentation = inputs.image_size, inputs.augmentation
 
     def frame(sizes, epoch, index, view):
@@ -51,40 +65,37 @@ def stream(catalog, *, seed, position, batch, micro_batch, rank, world, inputs, 
             return _Frame(anchor, shape, *augment.centre(shape, size, size), flip)
         return _Frame(anchor, shape, np.full_like(shape, size), np.zeros_like(anchor), flip)
 
-    plans = _plans(catalog.n, seed, _positions(position, batch, micro_batch, rank, world))
-    decoder = _Decoder(size, inputs.interpolation, device, micro_batch * views)
+    decoder = _Decoder(size, inputs.interpolation, device, batch * views)
     return Ahead(_batches(catalog, plans, frame, views, decoder, quarantine))
 
 
-def evaluation(catalog, indices, *, batch, inputs, device, quarantine) -> Ahead:
-    """Every picture of `indices` once, in order: short side to evaluation_resize, centre crop of image_size.
-
-    Returns a finite iterator of Batch with `batch` pictures in one view; the last one is filled up with padding
-    (valid = 0, index = -1).
-    """
+def held_out(catalog, plans, *, batch, inputs, device, quarantine) -> Ahead:
+    """As `planned`, but every epoch shows the same: short side to evaluation_resize, centre crop of image_size."""
     size, resize = inputs.image_size, inputs.evaluation_resize
 
     def frame(sizes, epoch, index, view):
         anchor, shape = augment.whole(sizes)
         return _Frame(anchor, shape, *augment.centre(shape, resize, size), np.zeros(len(sizes), dtype=bool))
 
-    indices = np.asarray(indices, dtype=np.int64)
-    padded = np.concatenate([indices, np.full(-len(indices) % batch, PADDING)]).reshape(-1, batch)
-    plans = ((np.zeros(batch, dtype=np.int64), index) for index in padded)
     decoder = _Decoder(size, inputs.interpolation, device, batch)
     return Ahead(_batches(catalog, plans, frame, 1, decoder, quarantine))
 
 
-def _positions(position, batch, micro_batch, rank, world) -> Iterator[np.ndarray]:
-    while True:
-        for first in range(position + rank * micro_batch, position + batch, micro_batch * world):
-            yield np.arange(first, first + micro_batch)
-        position += batch
+def evaluation(catalog, indices, *, batch, inputs, device, quarantine) -> Ahead:
+    """Every picture of `indices` once, in order, as `held_out` shows it.
+
+    Returns a finite iterator of Batch with `batch` pictures in one view; the last one is filled up with padding
+    (valid = 0, index = -1).
+    """
+    plans = once(indices, batch)
+    return held_out(catalog, plans, batch=batch, inputs=inputs, device=device, quarantine=quarantine)
 
 
-def _plans(n, seed, positions):
-    for position in positions:
-        yield sample_at(position, n, seed)
+def once(indices, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(epoch 0, index) of the indices in order, `batch` at a time, the last ones filled up with PADDING."""
+    indices = np.asarray(indices, dtype=np.int64)
+    for index in np.concatenate([indices, np.full(-len(indices) % batch, PADDING)]).reshape(-1, batch):
+        yield np.zeros(batch, dtype=np.int64), index
 
 
 # --- from plans to batches
@@ -346,8 +357,7 @@ class Ahead:
         if isinstance(batch, BaseException):
             self.close()
             raise batch
-        if batch.images.is_cuda:
-            _hand_over(batch)
+        _hand_over(batch)
         return batch
 
     def close(self) -> None:
@@ -357,11 +367,11 @@ class Ahead:
 
 def _hand_over(batch: Batch) -> None:
     """Tells the allocator that the consumer's stream now uses what the copying stream allocated."""
-    import torch
+    for value in vars(batch).values():
+        if getattr(value, "is_cuda", False):
+            import torch
 
-    consumer = torch.cuda.current_stream(batch.images.device)
-    for tensor in (batch.images, batch.labels, batch.valid):
-        tensor.record_stream(consumer)
+            value.record_stream(torch.cuda.current_stream(value.device))
 
 
 def _work(source, ready, room, stop) -> None:

@@ -1,5 +1,6 @@
 """The global order of samples: position k of the endless stream is one sample of one epoch, for every world size."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -27,3 +28,21 @@ def sample_at(position, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         rows = epoch == one
         index[rows] = _permutation(seed, int(one), n)[place[rows]]
     return epoch, index
+
+
+def plans(n, *, seed, position, batch, micro_batch, rank, world) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless (epoch, index) of this rank's micro-batches; step s covers positions [position + s * batch, + batch).
+
+    Micro-batch a of a step holds the positions from (a * world + rank) * micro_batch of it.
+    Raises: ValueError where the batch does not divide.
+    """
+    if batch % (micro_batch * world):
+        raise ValueError(f"batch {batch} is not a multiple of micro batch {micro_batch} x world {world}")
+    return _plans(n, seed, position, batch, micro_batch, rank, world)
+
+
+def _plans(n, seed, position, batch, micro_batch, rank, world):
+    while True:
+        for first in range(position + rank * micro_batch, position + batch, micro_batch * world):
+            yield sample_at(np.arange(first, first + micro_batch), n, seed)
+        position += batch

@@ -1,16 +1,20 @@
 """Pre-training of MAGE (paper sections 3 and 4, Table 10): pictures -> tokens -> masks -> logits -> loss."""
 
+import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mage_ds import keyed
+from mage_ds import keyed, recipes
 from mage_ds.engine import held_out, loop, planner, process, run_folder, stored, training, watch, wrap
-from mage_ds.engine.training import Options, Plan
+from mage_ds.engine.training import Options, Plan, tokenize
 from mage_ds.errors import UserError
+from mage_ds.inputs.batch import Batch
 from mage_ds.inputs.catalog import open_catalog
+from mage_ds.inputs.token_cache import TokenCache
 from mage_ds.models import Mage, Vqgan
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import mask_ratio, masks
@@ -33,15 +37,21 @@ def pretrain(
 ) -> None:
     """Train a MAGE on the pictures of `data`, into the run folder `out`; continues a run that is there.
 
-    tokenizer: a tokenizer's run folder or tokenizer folder, or "random" (initial values, for trials); a run that
-    exists has its own copy. Raises UserError for what cannot be, Stopped after a signal.
+    data: a folder of pictures, or what `tokenize` made of one. tokenizer: a tokenizer's run folder or tokenizer
+    folder, or "random" (initial values, for trials); a run that exists and a token cache have their own copies.
+    Raises UserError for what cannot be, Stopped after a signal.
     """
     options = Options(Path(out), deepspeed_config, resume, extend)
     process.start()
     process.stop_on_signals()
     with run_folder.ending(options.out), watch.armed(recipe.machine.hang_timeout):
-        catalog, validation = open_catalog(data, "train"), open_catalog(data, "val")
+        catalog, validation = (open_catalog(data, split, tokens=True) for split in ("train", "val"))
+        cached = isinstance(catalog, TokenCache)
+        if cached and tokenizer is None and not (options.out / "tokenizer").is_dir():
+            tokenizer = catalog.root / "tokenizer"
         vqgan, info = _tokenizer(tokenizer, recipe, options.out)
+        if cached:
+            _refuse_others(catalog, recipe, info["hash"], tokenizer or options.out / "tokenizer")
         with torch.device("meta"):
             outline = Mage(**recipe.model.model_dump())
         plan = training.plan(
@@ -59,9 +69,9 @@ def pretrain(
             plan,
             {"mage": mage},
             save_tokenizer=lambda folder: stored.save_tokenizer(folder, vqgan, info["model"], info["image_size"]),
-            flops_per_image=planner.flops_per_image(recipe),
+            flops_per_image=planner.flops_per_image(recipe, cached=cached),
         )
-        vqgan = training.frozen(vqgan, plan)
+        vqgan = training.frozen(vqgan, plan.dtype)
         loop.train(
             opened.engines,
             training.stream(plan, catalog),
@@ -98,14 +108,42 @@ def _tokenizer(tokenizer: str | None, recipe: PretrainRecipe, out: Path) -> tupl
     return vqgan, info
 
 
+def _refuse_others(cache: TokenCache, recipe: PretrainRecipe, tokenizer_hash: str, tokenizer) -> None:
+    """UserError where the tokens are not those that the recipe and the tokenizer would make of the pictures."""
+    made = cache.settings
+    if tokenizer_hash != made["tokenizer"]:
+        raise UserError(
+            f"--tokenizer {tokenizer}: is not the one that made {cache.root} ({tokenizer_hash[:12]}, its tokens are of "
+            f"{made['tokenizer'][:12]}); leave it out, the cache holds a copy, or tokenize the data with this one"
+        )
+    asked = recipe.inputs.model_dump(include={"image_size", "augmentation", "interpolation", "evaluation_resize"})
+    if "val" not in made["data"]:
+        del asked["evaluation_resize"]
+    if keys := [key for key in asked if asked[key] != made[key]]:
+        names = {json.dumps(numbers): name for name, numbers in recipes.augmentations().items()}
+        told = [[names.get(text, text) for text in map(json.dumps, (made[key], asked[key]))] for key in keys]
+        what = "; ".join(f"{key} {then} there, {now} here" for key, (then, now) in zip(keys, told, strict=True))
+        raise UserError(
+            f"--data {cache.root}: its tokens were made of pictures cut otherwise than the recipe says ({what}); make "
+            "others with `mage-ds tokenize --recipe RECIPE`, or change the recipe: inputs.KEY=VALUE"
+        )
+    bad = 1 - float(cache.valid.all(axis=1).mean())
+    if bad > recipe.inputs.broken_limit:
+        raise UserError(
+            f"--data {cache.root}: {bad:.2%} of its pictures were unreadable, more than inputs.broken_limit="
+            f"{recipe.inputs.broken_limit:g} allows ({cache.root / 'quarantine.jsonl'} lists them); raise the limit"
+        )
+    seed = "" if made["seed"] == recipe.seed else f" of seed {made['seed']}"
+    views = f"{cache.views} views{seed}, one an epoch in turn" if cache.views > 1 else f"one view{seed}"
+    process.say(f"tokens of {cache.root}: {views}, made in {made['dtype']} in batches of {made['batch']}")
+
+
 # --- one step
 
 
-def tokenize(vqgan: Vqgan, images: torch.Tensor) -> torch.Tensor:
-    """Pictures uint8 (B, 3, H, W) -> tokens int64 (B, N), by a frozen tokenizer in its own number format."""
-    dtype = vqgan.quantize.embedding.weight.dtype
-    with torch.no_grad():
-        return vqgan.tokenize((images.float() / 255).to(dtype))
+def tokens_of(batch: Batch, tokenize: Callable) -> torch.Tensor:
+    """The tokens of a batch, int64 (B, N): the cache's, or those of its pictures."""
+    return batch.tokens[:, 0] if batch.images is None else tokenize(batch.images[:, 0])
 
 
 def draw_masks(recipe: PretrainRecipe, index: np.ndarray, epoch: np.ndarray, device, purpose: str = "mask"):
@@ -122,7 +160,7 @@ def draw_masks(recipe: PretrainRecipe, index: np.ndarray, epoch: np.ndarray, dev
 
 def step_fn(engines, batch, step, *, recipe: PretrainRecipe, tokenize):
     """One micro-batch: the loss is the sum of the samples' losses over the micro batch's size (architecture 4.5)."""
-    tokens = tokenize(batch.images[:, 0])
+    tokens = tokens_of(batch, tokenize)
     masked, keep, _ = draw_masks(recipe, batch.index, batch.epoch, tokens.device)
     logits = engines["mage"](tokens, masked, keep)
     losses, top1 = token_loss(logits, tokens, masked, recipe.label_smoothing)
@@ -142,7 +180,7 @@ def _evaluator(plan: Plan, catalog, vqgan: Vqgan):
         engine.eval()
         sums = torch.zeros(len(_BANDS), 3, dtype=torch.float64)  # a row a band, the last for all: n, loss, top1
         for batch, counts in held_out.batches(plan, catalog):
-            tokens = tokenize(vqgan, batch.images[:, 0])
+            tokens = tokens_of(batch, partial(tokenize, vqgan))
             masked, keep, ratio = draw_masks(recipe, batch.index, batch.epoch, tokens.device, "held-out mask")
             with torch.no_grad():
                 logits = engine(tokens, masked, keep)
@@ -167,14 +205,15 @@ def _figures(sums: torch.Tensor) -> dict[str, float]:
 
 
 def _painter(plan: Plan, catalog, vqgan: Vqgan):
-    """pictures(engines, step): originals, reconstructions, masked input, prediction, and samples, on one sheet."""
+    """pictures(engines, step): originals (a cache has none), reconstructions, masked input, prediction, and samples,
+    on one sheet."""
     recipe = plan.recipe
 
     def paint(engines, step) -> np.ndarray:
         engine = engines["mage"]
         engine.eval()
         batch = held_out.shown(plan, catalog, _SHOWN)
-        tokens = tokenize(vqgan, batch.images[:, 0])
+        tokens = tokens_of(batch, partial(tokenize, vqgan))
         masked, _, _ = draw_masks(recipe, batch.index, batch.epoch, tokens.device, "shown mask")
         with torch.no_grad():
             filled = torch.where(masked, engine(tokens, masked).argmax(-1), tokens)
@@ -188,10 +227,11 @@ def _painter(plan: Plan, catalog, vqgan: Vqgan):
             )
             rebuilt, predicted, samples = (pixels(vqgan.detokenize(grid).float()) for grid in (tokens, filled, sampled))
         engine.train()
-        originals = batch.images[:, 0].permute(0, 2, 3, 1).cpu().numpy()
-        hidden = grids.mask_overlay(originals, masked.cpu().numpy())
-        rows = {"originals": originals, "reconstructed": rebuilt, "masked": hidden}
-        rows |= {"predicted": predicted, "samples": samples}
+        rows = {"reconstructed": rebuilt}
+        if batch.images is not None:
+            rows = {"originals": batch.images[:, 0].permute(0, 2, 3, 1).cpu().numpy(), **rows}
+        hidden = grids.mask_overlay(next(iter(rows.values())), masked.cpu().numpy())
+        rows |= {"masked": hidden, "predicted": predicted, "samples": samples}
         return grids.rows(list(held_out.join(rows, min(_SHOWN, catalog.n)).items()))
 
     return paint
