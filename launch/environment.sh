@@ -76,7 +76,7 @@ def place(name):
         return None
 
 needed = """torch torchvision deepspeed timm numpy scipy PIL yaml pydantic safetensors tensorboard matplotlib ffmpeg
-sklearn skimage pytest xdist ruff nvidia.dali mage_ds""".split()
+sklearn skimage torch_fidelity lpips pytest xdist ruff nvidia.dali mage_ds""".split()
 found = {name: place(name) for name in needed}
 here = found["mage_ds"] and pathlib.Path(found["mage_ds"].origin).is_relative_to(sys.argv[1])
 sys.exit(not (here and all(found.values())))

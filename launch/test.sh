@@ -5,6 +5,8 @@
 #   (nothing)  ruff, and all tests but the long ones and those that need a GPU: 8 minutes on 2 cores
 #   full       all tests but those that need a GPU; as root on Debian it installs ssh, pdsh and SLURM for the cluster tests
 #   gpu        the tests that need a GPU
+#
+# As root on Debian all but `gpu` install the font and the list of the emoji sample, if they are not there (18 MB).
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
@@ -26,6 +28,15 @@ if [ "$selection" != gpu ]; then
     export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu # the same tests on every machine
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# Pictures of the emoji sample, and what lets Pillow draw flags and skin tones. Without root their tests are skipped.
+if [ "$selection" != gpu ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    packages=$(for package in fonts-noto-color-emoji unicode-data libfribidi0; do
+        dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null | grep -q '^ii' || echo "$package"
+    done | xargs)
+    # shellcheck disable=SC2086  # a list of words
+    [ -z "$packages" ] || apt_install $packages
+fi
 
 # The tests of clusters start an sshd in network namespaces, and a SLURM. Without root they say that they are skipped.
 if [ "$selection" = full ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mage_ds import keyed
 from mage_ds.errors import UserError
+from mage_ds.inputs import emoji
 from mage_ds.inputs.catalog import Catalog, open_catalog
 from mage_ds.inputs.quarantine import Unreadable, picture_size
 from mage_ds.inputs.tars import shown
@@ -39,16 +41,16 @@ CROPS, CROP_SIDES = 24, (256, 320)  # of each photograph; pixels
 def prepare(src=None, sample=None, out=None, val_fraction=None, verify: str = "quick") -> None:
     """Makes or checks a data set; prints what it found. With several ranks rank 0 works alone.
 
-    Args: src: a folder of pictures or tars, checked in place; sample: "digits" or "photos" instead, pictures out of
-    installed packages; out: where train/ and val/ are made (hard links or copies of the readable pictures of src;
-    files where src holds tars); val_fraction: share of val/, picked by the hash of the path; verify: "quick" looks at
-    headers and ends, "full" decodes every picture.
+    Args: src: a folder of pictures or tars, checked in place; sample: "digits", "photos" or "emoji" instead, pictures
+    out of installed packages; out: where train/ and val/ are made (hard links or copies of the readable pictures of
+    src; files where src holds tars); val_fraction: share of val/, picked by the hash of the path (of emoji: of what
+    variants share); verify: "quick" looks at headers and ends, "full" decodes every picture.
     Raises: UserError.
     """
     if int(os.environ.get("RANK", "0")):
         return
     if (src is None) == (sample is None):
-        raise UserError("prepare: name a folder SRC or --sample digits|photos, one of the two")
+        raise UserError(f"prepare: name a folder SRC or --sample {'|'.join(SAMPLES)}, one of the two")
     if sample is not None and sample not in SAMPLES:
         raise UserError(f"--sample {sample}: no such sample; choose one of {', '.join(SAMPLES)}")
     if sample is not None and out is None:
@@ -73,22 +75,28 @@ def _progress(items, what: str, total: int):
 # --- samples
 
 
+class Sample(NamedTuple):
+    n: int  # pictures, at most
+    pictures: Iterable[tuple]  # (name, image, what decides between train/ and val/), made one by one
+    notes: list[str]  # to be printed when all pictures are made
+
+
 def _sample(sample: str, out: Path, val: float) -> None:
     request = {"sample": sample, "val_fraction": val}
     if _is_done(out, request):
         return
-    pictures = SAMPLES[sample]()
+    n, pictures, notes = SAMPLES[sample]()
     with _published(out, request) as folder:
-        for name, image in _progress(pictures, sample, len(pictures)):
-            path = folder / _split(name, val) / name
+        for name, image, key in _progress(pictures, sample, n):
+            path = folder / _split(key, val) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path, quality=95)
     _say_made(out)
-    if sample == "photos":
-        print("  crops of one photograph overlap, so val/ is not independent of train/: fine for trying things out")
+    for note in notes:
+        print(f"  {note}")
 
 
-def _digits() -> list:
+def _digits() -> Sample:
     """scikit-learn's 1,797 handwritten digits, 8x8 in 17 greys, enlarged to 32x32."""
     try:
         from sklearn.datasets import load_digits
@@ -98,26 +106,30 @@ def _digits() -> list:
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return [
-        (f"{label}/{i:04d}.jpg", Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
-        for i, (label, image) in enumerate(zip(digits.target, grey, strict=True))
-    ]
+    names = [f"{label}/{i:04d}.jpg" for i, label in enumerate(digits.target)]
+    pictures = (Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in grey)
+    return Sample(len(names), zip(names, pictures, names, strict=True), [])
 
 
-def _photos() -> list:
+def _photos() -> Sample:
     """Crops of the photographs inside scikit-image's and scikit-learn's packages; nothing is downloaded."""
+    files = _photo_files()
+    note = "crops of one photograph overlap, so val/ is not independent of train/: fine for trying things out"
+    return Sample(len(files) * CROPS, _crops(files), [note])
+
+
+def _crops(files: list[Path]) -> Iterator[tuple]:
     from PIL import Image
 
-    pictures = []
-    for path in _photo_files():
+    for path in files:
         photo = Image.open(path).convert("RGB")
         draws = keyed.uniform(0, f"photo crops/{path.stem}", np.arange(CROPS), size=3)
         for k, (side, left, top) in enumerate(draws):
             low, high = CROP_SIDES
             side = int(low + side * (min(high, *photo.size) - low + 1))
             left, top = int(left * (photo.width - side + 1)), int(top * (photo.height - side + 1))
-            pictures.append((f"{path.stem}/{k:02d}.jpg", photo.crop((left, top, left + side, top + side))))
-    return pictures
+            name = f"{path.stem}/{k:02d}.jpg"
+            yield name, photo.crop((left, top, left + side, top + side)), name
 
 
 def _photo_files() -> list[Path]:
@@ -133,7 +145,29 @@ def _photo_files() -> list[Path]:
     return files
 
 
-SAMPLES = {"digits": _digits, "photos": _photos}
+def _emoji() -> Sample:
+    """Emoji of Debian's font, 136x136; variants of one (skin tone, gender) are all in train/ or all in val/."""
+    found, draw, notes = emoji.listed(), emoji.pen(), []
+    return Sample(len(found), _drawn(found, draw, notes), notes)
+
+
+def _drawn(found: list[emoji.Emoji], draw, notes: list[str]) -> Iterator[tuple]:
+    seen, lacking, doubles = set(), 0, 0
+    for name, text, family in found:
+        image = draw(text)
+        if image is None:
+            lacking += 1
+        elif (digest := hashlib.sha256(image.tobytes()).digest()) in seen:
+            doubles += 1
+        else:
+            seen.add(digest)
+            yield f"{name}.jpg", image, family
+    notes.append(f"left out: {lacking:,} that the font lacks, {doubles:,} that look exactly like another")
+    if not seen:
+        raise UserError(f"{emoji.FONT}: none of {len(found):,} emoji is in it; reinstall fonts-noto-color-emoji")
+
+
+SAMPLES = {"digits": _digits, "photos": _photos, "emoji": _emoji}
 
 
 # --- a user's own folder

@@ -190,7 +190,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch, failure):
     [
         ({}, "name a folder SRC or --sample"),
         ({"src": "src", "sample": "digits"}, "name a folder SRC or --sample"),
-        ({"sample": "digit", "out": "out"}, "no such sample; choose one of digits, photos"),
+        ({"sample": "digit", "out": "out"}, "no such sample; choose one of digits, photos, emoji"),
         ({"sample": "digits"}, "needs --out"),
         ({"src": "nowhere"}, "no such data folder"),
         ({"src": "texts"}, "no pictures"),
