@@ -27,7 +27,9 @@ REQUIRES = [
     "psutil>=5.9",
     "packaging>=23",
     "scikit-learn>=1.4,<1.11",  # 1.11 drops the probabilities of SVC
+    "torch-fidelity>=0.4.0",  # Inception's features
     "scikit-image>=0.22",  # photographs of `prepare --sample photos`
+    "lpips>=0.1.4",  # LPIPS' linear layers, a file of it; it is not imported
 ]
 EXTRAS = {
     "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11", "ruff>=0.17,<0.18"],  # another ruff formats otherwise

@@ -111,8 +111,16 @@ def test_train_tokenizer(calls):
     [(module, function, given)] = calls
     assert (module, function) == ("train_tokenizer", "train_tokenizer")
     recipe = given.pop("recipe")
-    assert given == {"data": "P", "out": "R", "deepspeed_config": None, "resume": "never", "extend": True}
+    expected = {"data": "P", "out": "R", "deepspeed_config": None, "resume": "never", "extend": True, "init": None}
+    assert given == expected
     assert recipe == recipes.load_recipe("digits_tokenizer")
+
+
+def test_init(calls, capsys):
+    assert cli.main(["train", "tokenizer_finetune", "--data", "P", "--out", "R", "--init", "T"]) == 0
+    assert calls.pop()[2]["init"] == "T"
+    assert cli.main(["train", "digits_mage", "--data", "P", "--tokenizer", "T", "--out", "R", "--init", "M"]) == 2
+    assert "--init M: only a tokenizer begins with given weights" in capsys.readouterr().err and not calls
 
 
 @pytest.mark.parametrize("front", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"], []])
@@ -120,6 +128,9 @@ def test_other_verbs(calls, front):
     for line in (
         "sample R --num 3 --out D --temperature 0 --threads 2 --round",
         "evaluate D --reference P --run R",
+        "evaluate T --data P --against Q --lpips-weights F --out E",
+        "tokenize --data P --tokenizer T --out K --recipe digits_mage --views 4 --augmentation weak --batch 8",
+        "bench tokens digits_mage seed=1 --data P --images 4",
         "prepare --sample photos --out P",
         "prepare S --out P --val-fraction 0.25 --verify full",
         "recipes digits_mage",
@@ -128,12 +139,19 @@ def test_other_verbs(calls, front):
         assert cli.main([*front, *line.split()]) == 0
     sample = {"run": "R", "num": 3, "out": "D", "steps": None, "temperature": 0.0, "seed": 0, "batch": None}
     sample |= {"checkpoint": None, "threads": 2, "round": True}
-    evaluate = {"source": "D", "reference": "P", "metrics": ["readable"], "run": "R", "out": None}
+    evaluate = {"source": "D", "reference": "P", "run": "R"}
+    fitness = {"tokenizer": "T", "data": "P", "against": "Q", "lpips_weights": "F", "out": "E"}
+    tokens = {"data": "P", "tokenizer": "T", "out": "K", "recipe": "digits_mage", "views": 4, "augmentation": "weak"}
+    tokens |= {"batch": 8, "precision": "auto"}
+    bench = {"name": "digits_mage", "overrides": ["seed=1"], "data": "P", "images": 4, "samples": 100000, "where": "."}
     photos = {"src": None, "sample": "photos", "out": "P", "val_fraction": None, "verify": "quick"}
     own = {"src": "S", "sample": None, "out": "P", "val_fraction": 0.25, "verify": "full"}
     assert calls == [
         ("sample", "sample", sample),
         ("evaluate", "evaluate", evaluate),
+        ("evaluate_tokenizer", "evaluate_tokenizer", fitness),
+        ("tokenize", "tokenize", tokens),
+        ("bench_tokens", "tokens", bench),
         ("prepare", "prepare", photos),
         ("prepare", "prepare", own),
         ("inspect", "recipes", {"name": "digits_mage"}),
@@ -165,7 +183,12 @@ TRAIN = "train pretrain_vit_base --data P --out R"
         ("sample R --num 1 --out D --temperature -1", ["--temperature"]),
         ("sample R --num 1 --out D --temperature nan", ["--temperature: nan", "at least 0"]),
         ("sample R S --num 1 --out D", ["unrecognized arguments: S"]),
-        ("evaluate D", ["--reference"]),
+        ("evaluate D", ["--reference", "--data"]),
+        ("evaluate D --reference P --data P", ["--reference", "--data"]),
+        ("evaluate T --data P --run R", ["--run goes with --reference", "leave it out"]),
+        ("evaluate T --data P --metrics readable", ["--metrics goes with --reference"]),
+        ("evaluate D --reference P --against Q", ["--against goes with --data"]),
+        ("evaluate D --reference P --lpips-weights F", ["--lpips-weights goes with --data"]),
         ("evaluate D --reference P --metrics readable,fidd", ["--metrics: fidd", "one of readable"]),
         ("prepare --sample emojis", ["--sample", "digits", "photos"]),
         ("prepare S --out P --val-fraction 2", ["--val-fraction: 2", "from 0 to 1"]),
@@ -248,5 +271,5 @@ def test_recipes(capsys, monkeypatch):
             row = next(line for line in shown.splitlines() if line.startswith(f"{leaf.key} "))
             assert f" {leaf.kind} " in row
             assert leaf.meaning.split()[0] in row
-    assert f"{'duration':34}".strip() in shown and "1600 epochs" in shown  # the last one is of the paper
-    assert "Learning rate in force: 0.0012" in shown
+    assert f"{'duration':34}".strip() in shown and "500000 steps" in shown  # the last one is of the paper
+    assert "Learning rate in force: 0.001152" in shown

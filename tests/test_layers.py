@@ -22,6 +22,7 @@ LAYERS = {
     "engine": 4,
     "pretrained": 5,
     "tasks": 6,
+    "arguments": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -19,10 +19,11 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
+    "torch_fidelity": "torch-fidelity",
 }
 # Declared though never imported by name: timm and torch.utils.tensorboard need the first two, the photographs of the
-# third are read as files, and the last stands by for movies.
-INDIRECT = {"torchvision", "tensorboard", "scikit-image", "ffmpeg-python"}
+# third and the linear layers of the fourth are read as files, and the last stands by for movies.
+INDIRECT = {"torchvision", "tensorboard", "scikit-image", "lpips", "ffmpeg-python"}
 
 
 @pytest.fixture(scope="module")

@@ -182,9 +182,15 @@ def in_force(path: Path, config: dict, share: Share, *, clip: float | None, prec
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if precision == "bf16":
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        config["data_types"].setdefault("buffer_dtype", "bf16")  # spectral norm multiplies weights and buffers
         config.setdefault("communication_data_type", "fp32")
     config.setdefault("steps_per_print", 10**9)  # our own progress line says more
     return config
+
+
+def needs_whole_weights(recipe: Recipe) -> str | None:
+    """The field of a recipe that stage 3 cannot serve, which has no whole weight beside the passes of its engine."""
+    return next((key for key in ("adversary", "reseed_after") if getattr(recipe, key, None)), None)
 
 
 def alone(name: str, recipe: Recipe, world: int, precision: str) -> dict:

@@ -26,10 +26,10 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
 
     Args: engines: name -> DeepSpeed engine; batches(position) -> endless iterator of this rank's micro-batches
     with `.waited`, seconds; step_fn(engines, batch, step) yields (engine name, loss, logs), once for each
-    optimizer: loss is the micro-batch's sum over samples / micro batch size, logs are scalar tensors, means over
-    the micro-batch, of which the mean over the global batch is shown; lr: name -> function of the step;
-    after_step(engines, step): EMA and the like; evaluate(engines, step) -> figures; pictures(engines, step) ->
-    a uint8 picture.
+    optimizer that takes part in this step: loss is the micro-batch's sum over samples / micro batch size, logs are
+    scalar tensors, means over the micro-batch, of which the mean over the global batch is shown; lr: name -> function
+    of the step; after_step(engines, step): EMA and the like, returns more scalar tensors to show, alike on all ranks,
+    or None; evaluate(engines, step) -> figures; pictures(engines, step) -> a uint8 picture.
     Raises Stopped after a signal, once the last completed step is saved; UserError after too many steps without a
     finite gradient, and where the rule for spikes ends the run. It judges by the log named `loss`.
     """
@@ -41,11 +41,11 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
             step, logs = run.step, _Logs(limits.accumulation)
             for name, engine in engines.items():
                 optim.set_lr(engine, lr[name](step))
-            norms = _train_step(engines, stream, step_fn, run, logs, steady=begun > 0)
+            outcomes = _train_step(engines, stream, step_fn, run, logs, steady=begun > 0)
             begun += 1
             if after_step:
-                after_step(engines, step)
-            in_a_row = 0 if len(norms) == len(engines) else in_a_row + 1
+                logs.add_whole(after_step(engines, step) or {})
+            in_a_row = in_a_row + 1 if None in outcomes.values() else 0
             _count_skipped(run, in_a_row, limits)
             if run.spikes and (median := run.spikes.median(logs.means["loss"])) is not None:
                 run.spiked(step + 1, logs.means["loss"], median, engines)
@@ -54,8 +54,10 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
                 continue
             figures = {}
             if run.log_due(step + 1):
-                figures = logs.means | _named("lr", {name: lr[name](step) for name in engines})
-                figures |= _named("grad_norm", norms) | {"skipped": run.skipped, "waited": stream.waited}
+                norms = {name: norm for name, norm in outcomes.items() if norm is not None}
+                rates = {name: lr[name](step) for name in outcomes}
+                figures = logs.means | _named("lr", rates, engines) | _named("grad_norm", norms, engines)
+                figures |= {"skipped": run.skipped, "waited": stream.waited}
             run.end_of_step(step + 1, engines, figures, evaluate, pictures)
     except process.StopAsked as asked:
         run.stop(str(asked), engines)
@@ -65,8 +67,9 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
         stream.close()
 
 
-def _train_step(engines, stream, step_fn, run, logs, steady: bool) -> dict[str, float]:
-    """All micro-batches of a step and the update; returns the gradient's norm by engine, none where it was skipped.
+def _train_step(engines, stream, step_fn, run, logs, steady: bool) -> dict[str, float | None]:
+    """All micro-batches of a step and the update. Returns the gradient's norm, None where the update was skipped, of
+    each engine that takes part in this step: a discriminator that has not begun yet makes no update and skips none.
 
     Raises process.StopAsked between micro-batches.
     """
@@ -79,7 +82,7 @@ def _train_step(engines, stream, step_fn, run, logs, steady: bool) -> dict[str, 
             logs.add(values)
             engines[name].backward(_poisoned(loss))
             outcomes[name] = _step(engines[name])
-    return {name: norm for name, norm in outcomes.items() if norm is not None}
+    return outcomes
 
 
 def _count_skipped(run, in_a_row: int, limits: Limits) -> None:
@@ -97,11 +100,15 @@ class _Logs:
     """The logs of a step's micro-batches on this rank; `means` over the global batch are read once, where needed."""
 
     def __init__(self, micro_batches: int):
-        self.micro_batches, self._totals = micro_batches, {}
+        self.micro_batches, self._totals, self._whole = micro_batches, {}, {}
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         for key, value in values.items():
             self._totals[key] = self._totals.get(key, 0) + value.detach().float()
+
+    def add_whole(self, values: dict[str, torch.Tensor]) -> None:
+        """Scalars of the whole step, which all ranks have."""
+        self._whole |= values
 
     @cached_property
     def means(self) -> dict[str, float]:
@@ -110,7 +117,9 @@ class _Logs:
             return {}
         totals = process.sum_over_ranks(torch.stack(list(self._totals.values())))
         means = totals / (self.micro_batches * process.start().world)
-        return dict(zip(self._totals, means.tolist(), strict=True))
+        whole = [value.detach().to(means) for value in self._whole.values()]
+        read = torch.stack([*means, *whole]).tolist()
+        return dict(zip([*self._totals, *self._whole], read, strict=True))
 
 
 def seed_dropout(seed: int, step: int, micro: int) -> None:
@@ -149,8 +158,6 @@ def _step(engine) -> float | None:
     return norm if math.isfinite(norm) else None
 
 
-def _named(key: str, values: dict[str, float]) -> dict[str, float]:
-    """{"lr": x} for a training with one engine, {"generator_lr": x, ...} for one with several."""
-    if len(values) == 1:
-        return {key: next(iter(values.values()))}
-    return {f"{name}_{key}": value for name, value in values.items()}
+def _named(key: str, values: dict[str, float], engines) -> dict[str, float]:
+    """{"lr": x} for a training with one engine, {"tokenizer_lr": x, ...} for one with several."""
+    return {key if len(engines) == 1 else f"{name}_{key}": value for name, value in values.items()}

@@ -6,6 +6,7 @@ through torch as the real ones: on a CPU attention with dropout keeps its weight
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mage_ds.engine import wrap
 from mage_ds.engine.memory import Live
 from mage_ds.models import Mage, Vqgan
+from mage_ds.models.adversary import Lpips, PatchGAN
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import masks
 from mage_ds.recipes.schema import PretrainRecipe, Recipe, VqganModel
@@ -81,10 +83,43 @@ def tokenizer_of(recipe: Recipe) -> VqganModel | None:
     return recipe.tokenizer if isinstance(recipe, PretrainRecipe) else None
 
 
+def judges_of(recipe: Recipe) -> list[tuple[torch.nn.Module, Callable, int]]:
+    """What looks at a tokenizer's reconstructions beside their pixels, on torch's default device: the network, its
+    call on (pictures, reconstructions), and how many times the operations of this call a training step takes.
+
+    LPIPS is frozen and goes back to one of the two only. The discriminator goes forward and back to the
+    reconstruction for the tokenizer, and forward and all the way back on both for itself.
+    """
+    found = []
+    if isinstance(recipe, PretrainRecipe):
+        return found
+    if recipe.loss.perceptual:
+        lpips = Lpips()
+        found.append((lpips, lambda real, fake: lpips(fake, real), 1.5))
+    if numbers := recipe.adversary:
+        critic = PatchGAN(numbers.channels, numbers.layers, numbers.norm)
+        found.append((critic, lambda real, fake: (critic(real), critic(fake)), 4))
+    return found
+
+
 def parameters(recipe: Recipe) -> list[int]:
-    """Sizes of the trained parameters, in the model's order."""
+    """Sizes of the trained parameters, in the model's order; a discriminator's after the tokenizer's (its engine is
+    another one: with small buckets, what they hold is a little more)."""
     with torch.device("meta"):
-        return [p.numel() for p in model_of(recipe).parameters()]
+        trained = [model_of(recipe)]
+        trained += [critic for critic, *_ in judges_of(recipe) if isinstance(critic, PatchGAN)]
+        return [p.numel() for model in trained for p in model.parameters()]
+
+
+def tokenizer_step_bytes(recipe: Recipe) -> int:
+    """Bytes that autograd keeps of one picture at most in a step of a tokenizer, computed in float32: its own while
+    the hungriest of its judges looks at the reconstruction."""
+    with _fake(torch.float32):
+        model, judges = model_of(recipe), judges_of(recipe)
+        real, fake = (_pictures(recipe, 1, "cpu", torch.float32) for _ in range(2))
+        fake.requires_grad_()
+        most = max((activation_bytes(partial(look, real, fake), judge) for judge, look, _ in judges), default=0)
+        return most + activation_bytes(partial(model, real), model)
 
 
 def loss_on_made_inputs(recipe: Recipe, model, images: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:
@@ -108,14 +143,21 @@ def _pictures(recipe: Recipe, images: int, device, dtype: torch.dtype) -> torch.
     return torch.rand(images, 3, size, size, device=device, dtype=dtype)
 
 
-def flops_per_image(recipe: Recipe) -> int:
-    """Useful operations of a training step: forward, twice that backward, and the tokenizer's encoder."""
+def flops_per_image(recipe: Recipe, *, cached: bool = False) -> int:
+    """Useful operations of a training step: forward, twice that backward, and the tokenizer's encoder unless the
+    tokens are `cached`.
+
+    With a discriminator they are those of a step in which it takes part; before its start they are fewer.
+    """
     with torch.device("meta"):
         model, tokenizer = model_of(recipe), tokenizer_of(recipe)
         count = 3 * forward_flops(lambda: loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"))
-        if tokenizer is not None:
+        if tokenizer is not None and not cached:
             vqgan, picture = Vqgan(**tokenizer.model_dump()), _pictures(recipe, 1, "meta", torch.float32)
             count += forward_flops(lambda: vqgan.encode(picture))
+    with _fake(torch.float32):
+        real, fake = (_pictures(recipe, 1, "cpu", torch.float32) for _ in range(2))
+        count += sum(int(times * forward_flops(partial(look, real, fake))) for _, look, times in judges_of(recipe))
     return count
 
 
@@ -143,9 +185,11 @@ class Activations(NamedTuple):
 def activations(recipe: Recipe, dtype: torch.dtype, *, gpu: bool) -> dict[str, Activations]:
     """Memory of the activations of a micro-batch, for each choice of machine.activation_checkpointing."""
     kept = [_kept(recipe, images, dtype, gpu) for images in _COUNTED]
+    judging = [_judging(recipe, images, dtype) for images in _COUNTED]
     found = {}
     for which in CHECKPOINTING:
         working = [_working(_shallow(recipe), which, images, dtype, gpu) for images in _COUNTED]
+        working = max(working, judging, key=lambda both: both[-1])  # one after the other
         found[which] = Activations(_line(*(each[which] for each in kept)), _line(*working))
     return found
 
@@ -218,6 +262,24 @@ def _working(recipe: Recipe, which: str, images: int, dtype: torch.dtype, gpu: b
             live.peak = start = live.now
             loss.backward()
     return live.peak - start
+
+
+def _judging(recipe: Recipe, images: int, dtype: torch.dtype) -> int:
+    """Most bytes that a tokenizer's judges take one by one, beside its own activations; LPIPS with its weights, which
+    are float32. (Roughly: of the discriminator's two pictures only one comes before the tokenizer's backward pass.)"""
+    most = 0
+    for kind, form in ((Lpips, torch.float32), (PatchGAN, dtype)):
+        with _fake(form):
+            real, fake = (_pictures(recipe, images, "cpu", form) for _ in range(2))
+            fake.requires_grad_()
+            for judge, look, _ in judges_of(recipe):
+                if not isinstance(judge, kind):
+                    continue
+                with Live([real, fake, *judge.parameters()]) as live:
+                    own = 0 if kind is Lpips else live.now
+                    torch.autograd.grad([each.sum() for each in look(real, fake)], fake)
+                most = max(most, live.peak - own)
+    return most
 
 
 @contextlib.contextmanager

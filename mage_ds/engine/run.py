@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -134,7 +135,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            self._broken = self._broken or f"{error.filename or self.path}: cannot be written ({error.strerror})"
+            path = os.fsdecode(error.filename or self.path)  # TensorBoard names it in bytes
+            self._broken = self._broken or f"{path}: cannot be written ({error.strerror})"
             process.ask_to_stop(self._broken)
 
     def _log(self, record: dict) -> None:

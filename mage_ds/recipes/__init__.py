@@ -1,6 +1,6 @@
 """Recipes: every number of a training, as YAML, read strictly. The files lie in the folders beside."""
 
-from mage_ds.recipes.load import dump, load_recipe, recipe_file, recipe_names, resolve, schedule
+from mage_ds.recipes.load import augmentations, dump, load_recipe, recipe_file, recipe_names, resolve, schedule
 from mage_ds.recipes.schema import Duration, PretrainRecipe, Recipe, TokenizerRecipe
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "PretrainRecipe",
     "Recipe",
     "TokenizerRecipe",
+    "augmentations",
     "dump",
     "load_recipe",
     "recipe_file",

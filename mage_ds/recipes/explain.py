@@ -54,7 +54,13 @@ def _locate(loc: tuple, schema: dict, data: Any) -> tuple[str, dict, Any]:
 
 
 def _follow(node: dict, schema: dict) -> dict:
-    return schema["$defs"][node["$ref"].rsplit("/", 1)[-1]] if "$ref" in node else node
+    """The node behind a reference; of a section that may be null the section's, with `or null` in its words."""
+    if "$ref" in node:
+        return schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    sections = [branch for branch in node.get("anyOf", []) if "$ref" in branch]
+    if len(sections) == 1:
+        return {**_follow(sections[0], schema), "optional": True}
+    return node
 
 
 def _leaf_keys(node: dict, schema: dict, prefix: str = "") -> list[str]:
@@ -94,7 +100,8 @@ def _allowed(node: dict) -> str:
         count = node.get("minItems") if node.get("minItems") == node.get("maxItems") else None
         return f"a list of {count or 'one or more'}, each {_allowed(node['items'])}"
     if kind == "object":
-        return f"a section with the keys {', '.join(node.get('properties', {}))}"
+        null = " or null" if node.get("optional") else ""
+        return f"a section with the keys {', '.join(node.get('properties', {}))}{null}"
     names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
     limits = {
         "exclusiveMinimum": "above {:g}",

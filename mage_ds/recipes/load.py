@@ -80,6 +80,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise UserError(explain(error, TASKS[task], data, source, overrides)) from error
 
 
+def augmentations() -> dict[str, dict]:
+    """What the names stand for that a recipe may give as inputs.augmentation."""
+    return _read(_FOLDER / "augmentations.yaml")
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML; `load_recipe` of it gives an equal one."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, default_flow_style=None, width=110)
@@ -127,7 +132,7 @@ def _expand_augmentation(data: dict, source: str) -> None:
     inputs = data.get("inputs")
     name = inputs.get("augmentation") if isinstance(inputs, dict) else None
     if isinstance(name, str):
-        known = _read(_FOLDER / "augmentations.yaml")
+        known = augmentations()
         if name not in known:
             choices = ", ".join(known)
             raise UserError(

@@ -121,6 +121,10 @@ class Report(Section):
     keep: int = _machine("newest checkpoints that are kept", ge=1)
     keep_every: int = _machine("every so many checkpoints one is kept for good; 0: none", ge=0, default=0)
     max_skipped: int = _machine("steps in a row without a finite gradient; one more stops the run", ge=0)
+    inception: str | None = _machine(
+        "file of Inception's weights (torch-fidelity's): adds rFID to a tokenizer's held-out figures; null: none",
+        default=None,
+    )
     spike: Spike = _machine("what is done where the loss leaps", default=Spike(action="none", factor=2.0, window=100))
 
 
@@ -160,6 +164,23 @@ class VqganLoss(Section):
     l1: float = _identity("weight of the mean absolute error of the pixels", ge=0)
     codebook: float = _identity("weight of the loss that pulls codes to encoder outputs", ge=0)
     commitment: float = _identity("weight of the loss that pulls encoder outputs to codes", ge=0)
+    perceptual: float = _identity(
+        "weight of LPIPS (VGG-16); 0: not computed, and no VGG file is needed", ge=0, default=0.0
+    )
+    perceptual_weights: str | None = _machine(
+        "file of VGG-16's weights for LPIPS (vgg16-397923af.pth); null: the one in torchvision's cache", default=None
+    )
+
+
+class Adversary(Section):
+    start: Warmup = _identity("when the discriminator begins to train, and its loss enters the tokenizer's")
+    weight: float = _identity("factor of the adaptive weight of the adversarial loss", gt=0)
+    most: float = _identity("largest adaptive weight: the ratio of two gradients can explode", gt=0)
+    layers: int = _identity("strided convolutions of the PatchGAN", ge=1)
+    channels: int = _identity("channels of its first convolution", ge=8)
+    norm: Literal["batch", "spectral"] = _identity(
+        "batch norm after its inner convolutions, or spectral norm of all their weights"
+    )
 
 
 class Stack(Section):
@@ -228,6 +249,16 @@ class _Recipe(Section):
     report: Report = _identity("logging and saving")
     machine: Machine = _identity("how this machine runs it")
 
+    @model_validator(mode="after")
+    def _falls(self):
+        peak, low = self.effective_lr(), self.optimizer.min_lr
+        if low > peak * (1 + 1e-9):
+            raise ValueError(
+                f"optimizer.min_lr = {low:g}: is above the learning rate in force, base_lr * batch / 256 = {peak:g}; "
+                f"choose {peak:g} (a constant rate) or less"
+            )
+        return self
+
     def leaves(self) -> Iterator[Leaf]:
         """Every leaf field in order; a Duration is one leaf, with a value such as {"epochs": 1600}."""
         yield from _leaves(self, "")
@@ -259,6 +290,10 @@ class TokenizerRecipe(_Recipe):
     codebook_init: Literal["data", "uniform"] = _identity(
         "first codes: encoder outputs of the first batches, or uniform within +-1/codes"
     )
+    adversary: Adversary | None = _identity("the PatchGAN that sharpens the tokenizer; null: none", default=None)
+    reseed_after: int = _identity(
+        "steps without use after which a code is set to an encoder output of the batch; 0: never", ge=0, default=0
+    )
 
     @model_validator(mode="after")
     def _agree(self):
@@ -268,6 +303,13 @@ class TokenizerRecipe(_Recipe):
                 f"inputs.image_size = {self.inputs.image_size}: must be a multiple of {2 ** (levels - 1)} "
                 f"(model.multipliers has {levels} levels)"
             )
+        if self.adversary and self.inputs.image_size >> self.adversary.layers < 3:
+            raise ValueError(
+                f"adversary.layers = {self.adversary.layers}: leaves nothing of inputs.image_size = "
+                f"{self.inputs.image_size}, it needs {3 << self.adversary.layers} pixels"
+            )
+        if self.loss.perceptual and self.inputs.image_size < 16:
+            raise ValueError(f"loss.perceptual: inputs.image_size = {self.inputs.image_size} must be at least 16")
         return self
 
 

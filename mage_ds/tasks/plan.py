@@ -85,6 +85,8 @@ def table(recipe: Recipe, sizes: list[int], precision: str, gpus: int, memory: f
     rows = []
     for name in _NAMES[1:] if precision == "bf16" else _NAMES:
         zero = zero_block(name)
+        if zero.get("stage") == 3 and ds_config.needs_whole_weights(recipe):
+            continue
         held = budget.held(sizes, zero, precision=precision, world=gpus)
         for which in planner.CHECKPOINTING:
             rows.append(_row(name, which, held, activations[which], tokenizer, micros, memory * _USABLE))
@@ -188,7 +190,7 @@ def _network(recipe, sizes, precision, micro) -> list[str]:
     lines = ["GiB that a GPU sends in one step (ring algorithms), by number of GPUs"]
     lines.append(f"{'':14}" + "".join(f"{world:>9}" for world in worlds))
     for name in _NAMES[1:] if precision == "bf16" else _NAMES:
-        if "offload" in name:
+        if "offload" in name or (name == "zero3" and ds_config.needs_whole_weights(recipe)):
             continue
         each = [
             budget.sent(

@@ -1,16 +1,37 @@
-"""Training of a tokenizer (VQGAN, paper.md 1): reconstruction, codebook and commitment loss."""
+"""Training of a tokenizer (VQGAN, paper section 1): pixels, LPIPS, codebook, and a discriminator where it has one."""
 
+import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mage_ds import keyed
-from mage_ds.engine import held_out, loop, planner, process, run_folder, training, watch, wrap
+from mage_ds import keyed, recipes
+from mage_ds.engine import (
+    checkpoint,
+    codebook,
+    ds_config,
+    held_out,
+    loop,
+    planner,
+    process,
+    run_folder,
+    stored,
+    training,
+    watch,
+    wrap,
+)
+from mage_ds.engine.adversarial import Opponent
 from mage_ds.engine.training import Options, Plan
+from mage_ds.errors import UserError
+from mage_ds.evaluation.features import WIDTH, load_inception
+from mage_ds.evaluation.moments import Moments, frechet
+from mage_ds.evaluation.reconstruction import Sums, Worst
 from mage_ds.inputs.catalog import open_catalog
+from mage_ds.interop.lpips import load_lpips
 from mage_ds.models import Vqgan
+from mage_ds.models.adversary import Lpips, PatchGAN
 from mage_ds.recipes.schema import TokenizerRecipe
 from mage_ds.report import grids
 from mage_ds.sampling.decode import pixels
@@ -22,47 +43,114 @@ def train_tokenizer(
     recipe: TokenizerRecipe,
     data: str,
     out: str,
+    init: str | None = None,
     deepspeed_config: str | None = None,
     resume: str = "auto",
     extend: bool = False,
 ) -> None:
     """Train a tokenizer on the pictures of `data`, into the run folder `out`; continues a run that is there.
 
-    Raises UserError for what cannot be, Stopped after a signal.
+    init: a tokenizer (run folder, export, published file) whose weights a new run begins with. Raises UserError for
+    what cannot be, Stopped after a signal.
     """
     options = Options(Path(out), deepspeed_config, resume, extend)
-    process.start()
+    me = process.start()
     process.stop_on_signals()
     with run_folder.ending(options.out), watch.armed(recipe.machine.hang_timeout):
         catalog, validation = open_catalog(data, "train"), open_catalog(data, "val")
-        with torch.device("meta"):
-            outline = Vqgan(**recipe.model.model_dump())
+        given, begun = _given(init, recipe, options.out)
+        lpips = load_lpips(recipe.loss.perceptual_weights).to(me.device) if recipe.loss.perceptual else None
+        inception = load_inception(recipe.report.inception).to(me.device) if recipe.report.inception else None
         plan = training.plan(
             recipe,
             options,
             dataset=catalog.n,
-            facts={"data": catalog.fingerprint},
-            largest=partial(_largest_micro_batch, outline, recipe),
+            facts={"data": catalog.fingerprint, **begun},
+            largest=partial(_largest_micro_batch, recipe),
         )
+        _check_stage(plan)
         if training.already_done(plan):
             return
         process.say(f"{catalog.n:,} training pictures, {validation.n if validation else 'no'} held out (val/)")
-        vqgan = Vqgan(**recipe.model.model_dump())
-        wrap.initialize_weights(vqgan, recipe.seed)
-        if recipe.codebook_init == "data" and plan.source is None:
-            _codebook_from_data(vqgan.to(process.start().device), plan, catalog)
-        opened = training.begin(plan, {"tokenizer": vqgan}, flops_per_image=planner.flops_per_image(recipe))
+        vqgan = _first_values(plan, catalog, given)
+        models = {"tokenizer": vqgan}
+        if recipe.adversary:
+            models["discriminator"] = PatchGAN(**recipe.adversary.model_dump(include={"channels", "layers", "norm"}))
+            wrap.initialize_weights(models["discriminator"], recipe.seed)
+        step = Step(plan, vqgan, lpips)
+        opened = training.begin(plan, models, flops_per_image=planner.flops_per_image(recipe))
+        figures = HeldOut(plan, validation, catalog, lpips, inception)
         loop.train(
             opened.engines,
             training.stream(plan, catalog),
-            partial(step_fn, recipe=recipe, dtype=plan.dtype),
+            step,
             opened.lr,
             opened.run,
             opened.limits,
-            evaluate=_evaluator(plan, validation) if validation else None,
-            pictures=_painter(plan, validation or catalog),
+            after_step=step.after,
+            evaluate=figures.evaluate if validation else None,
+            pictures=figures.draw,
         )
         opened.run.finish()
+
+
+# --- what cannot be
+
+
+def _check_stage(plan: Plan) -> None:
+    """Raises UserError for what DeepSpeed's stage 3 cannot do."""
+    key = ds_config.needs_whole_weights(plan.recipe)
+    if key and plan.config["zero_optimization"]["stage"] == 3:
+        raise UserError(f"--deepspeed_config {plan.options.deepspeed_config}: {key} needs ZeRO 0, 1 or 2; choose zero2")
+
+
+# --- first values
+
+
+def _given(init: str | None, recipe: TokenizerRecipe, out: Path) -> tuple[Vqgan | None, dict]:
+    """The tokenizer whose weights a run begins with (None: it continues, or begins with initial values), and the fact
+    that is recorded of it: {"init": its path and hash}. A run that exists knows its own; all ranks call it.
+
+    Raises UserError where its sizes are not the recipe's, or it is not the one that the run began with.
+    """
+    known, saved = process.on_first(lambda: (_facts(out), bool(checkpoint.steps(out))))
+    path = str(Path(init).resolve()) if init else None
+    before = known.get("init") if known else None
+    if known and path and path != (before or {}).get("path"):
+        began = f"began with {before['path']}" if before else "began without --init"
+        raise UserError(f"--init {init}: the run {out} {began}; leave --init out, or choose another --out")
+    path = path or (before or {}).get("path")
+    if saved or path is None:
+        return None, {"init": before} if before else {}
+    vqgan, info = stored.load_tokenizer(Path(path))
+    for key, ours in recipe.model.model_dump().items():
+        if info["model"][key] != ours:
+            theirs = json.dumps(info["model"][key])
+            raise UserError(
+                f"--init {init or path}: its {key} is {theirs}, the recipe's model.{key} is {ours}; choose another "
+                f'tokenizer, or add "model.{key}={theirs}"'
+            )
+    if before and before["hash"] != info["hash"]:
+        raise UserError(f"--init {path}: its weights changed since {out} began with them; choose another --out")
+    return vqgan, {"init": {"path": path, "hash": info["hash"]}}
+
+
+def _facts(out: Path) -> dict | None:
+    """What a run folder was started with; None where there is no run."""
+    return json.loads((out / "facts.json").read_text()) if (out / "recipe.yaml").is_file() else None
+
+
+def _first_values(plan: Plan, catalog, given: Vqgan | None) -> Vqgan:
+    """The tokenizer before step 1, on the device; of a run that continues, whatever: its checkpoint is loaded later."""
+    vqgan = Vqgan(**plan.recipe.model.model_dump())
+    wrap.initialize_weights(vqgan, plan.recipe.seed)
+    vqgan.to(process.start().device)
+    if given is not None:
+        vqgan.load_state_dict(given.state_dict())
+        process.say(f"begins with the weights of {plan.facts['init']['path']}")
+    elif plan.recipe.codebook_init == "data" and plan.source is None:
+        _codebook_from_data(vqgan, plan, catalog)
+    return vqgan
 
 
 def _codebook_from_data(vqgan: Vqgan, plan: Plan, catalog) -> None:
@@ -87,80 +175,145 @@ def _codebook_from_data(vqgan: Vqgan, plan: Plan, catalog) -> None:
 # --- one step
 
 
-def step_fn(engines, batch, step, *, recipe: TokenizerRecipe, dtype: torch.dtype):
-    """One micro-batch: the loss is the sum of the samples' losses over the micro batch's size (architecture 4.5)."""
-    images = batch.images[:, 0].float() / 255
-    drawn, tokens, codebook, commitment = engines["tokenizer"](images.to(dtype))
-    l1 = (drawn.float() - images).abs().mean(dim=(1, 2, 3))
-    weights = recipe.loss
-    losses = weights.l1 * l1 + weights.codebook * codebook + weights.commitment * commitment
-    loss, l1 = (losses * batch.valid).mean(), (l1 * batch.valid).mean()
-    yield "tokenizer", loss, {"loss": loss, "l1": l1, "perplexity": perplexity(tokens, recipe.model.codes)}
+class Step:
+    """The step of a tokenizer: `step(engines, batch, number)` for each micro-batch, `after` at its end.
 
+    vqgan: the module that the tokenizer's engine is made of, before it is.
+    """
 
-def perplexity(tokens: torch.Tensor, codes: int) -> torch.Tensor:
-    """exp of the entropy of the codes' frequencies in a micro-batch: how many are used evenly; 1 to `codes`."""
-    counts = torch.zeros(codes, device=tokens.device)
-    counts.scatter_add_(0, tokens.flatten(), counts.new_ones(tokens.numel()))
-    p = counts / counts.sum()
-    return torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())
+    def __init__(self, plan: Plan, vqgan: Vqgan, lpips: Lpips | None = None):
+        self.recipe, self.dtype, self.lpips = plan.recipe, plan.dtype, lpips
+        self.opponent, self._z = None, None
+        if adversary := plan.recipe.adversary:
+            start = recipes.resolve(adversary.start, samples=plan.dataset, batch=plan.recipe.batch)
+            self.opponent = Opponent(adversary, vqgan, start, plan.dtype)
+        self.usage = codebook.Usage(plan.recipe.model.codes, process.start().device)
+        if plan.recipe.reseed_after:
+            self.usage.attach(vqgan)
+            vqgan.quantize.register_forward_pre_hook(self._keep_z)
+
+    def __call__(self, engines, batch, step):
+        """One micro-batch: each loss is the sum of the samples' losses over its size (architecture 4.5)."""
+        images, weights = batch.images[:, 0].float() / 255, self.recipe.loss
+        drawn, tokens, *own = engines["tokenizer"](images.to(self.dtype))
+        self.usage.add(tokens, batch.valid)
+        leaf = drawn.detach().float().requires_grad_()
+        l1 = (leaf - images).abs().mean(dim=(1, 2, 3))
+        losses, logs = weights.l1 * l1, {"l1": (l1.detach() * batch.valid).mean()}
+        if self.lpips is not None:
+            perceptual = self.lpips(leaf, images)
+            losses = losses + weights.perceptual * perceptual
+            logs["perceptual"] = (perceptual.detach() * batch.valid).mean()
+        picture = (losses * batch.valid).mean()
+        (pull,) = torch.autograd.grad(picture, leaf)
+        codes = ((weights.codebook * own[0] + weights.commitment * own[1]) * batch.valid).mean()
+        # Without the adversarial part, which says nothing about quality: curves and the rule for spikes look at it.
+        logs = {"loss": picture.detach() + codes.detach(), **logs}
+        playing = self.opponent is not None and step >= self.opponent.start
+        if playing:
+            more, told = self.opponent.pull(engines["discriminator"], leaf, batch.valid, pull)
+            pull, logs = pull + more, logs | told
+        loss = (drawn.float() * pull).sum() + codes
+        # Its value is without meaning, its gradient right; but where a loss is not finite, it must not be either.
+        yield "tokenizer", loss + (sum(logs.values()) - loss).detach(), logs
+        if playing:
+            loss, logs = self.opponent.loss(engines["discriminator"], images, leaf.detach(), batch.valid)
+            yield "discriminator", loss, logs
+
+    def after(self, engines, step: int) -> dict[str, torch.Tensor]:
+        """At the end of a step: how its codes were used, and new values for dead ones."""
+        self.usage.end_of_step()
+        if after := self.recipe.reseed_after:
+            codebook.reseed(engines["tokenizer"], self.usage, self._points, self.recipe.seed, step, after)
+        return self.usage.figures()
+
+    def _keep_z(self, quantizer, inputs: tuple[torch.Tensor]) -> None:
+        if torch.is_grad_enabled():
+            self._z = inputs[0].detach()
+
+    def _points(self) -> torch.Tensor:
+        """The encoder's outputs in the last micro-batch, (B N, D)."""
+        return self._z.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 # --- held-out figures and pictures
 
 
-def _evaluator(plan: Plan, catalog):
-    """evaluate(engines, step): mean absolute error, PSNR and codebook use on held-out pictures."""
-    codes = plan.recipe.model.codes
+class HeldOut:
+    """What is measured and drawn of held-out pictures while a tokenizer trains.
 
-    def evaluate(engines, step) -> dict[str, float]:
-        engine = engines["tokenizer"]
+    validation: the held-out split, or None; then pictures of the training split are drawn, and nothing is measured.
+    lpips, inception: where there are any, on the device.
+    """
+
+    def __init__(self, plan: Plan, validation, training_split, lpips: Lpips | None, inception):
+        self.plan, self.validation, self.shown = plan, validation, validation or training_split
+        self.lpips, self.inception = lpips, inception
+        self._worst, self._measured = [], None  # after which step
+
+    def evaluate(self, engines, step: int) -> dict[str, float]:
+        """l1, PSNR, SSIM and use of the codes; LPIPS and rFID where their networks are there."""
+        engine, device, recipe = engines["tokenizer"], process.start().device, self.plan.recipe
+        sums, worst = Sums(recipe.model.codes, device), Worst(_SHOWN)
+        moments = [Moments(WIDTH, device) for _ in range(2)] if self.inception else []
         engine.eval()
-        sums, used = torch.zeros(3, dtype=torch.float64), torch.zeros(codes, dtype=torch.float64)
-        for batch, counts in held_out.batches(plan, catalog):
-            images = batch.images[:, 0].float() / 255
-            with torch.no_grad():
-                drawn, tokens, *_ = engine(images.to(plan.dtype))
-            error = drawn.float().clamp(0, 1) - images
-            psnr = -10 * torch.log10(error.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
-            rows = torch.stack([torch.ones_like(psnr), error.abs().mean(dim=(1, 2, 3)), psnr], dim=1).cpu().double()
-            sums += (rows * counts[:, None]).sum(0)
-            used += torch.bincount(tokens.cpu()[counts].flatten(), minlength=codes)
-        engine.train()
-        me = process.start()
-        totals = process.sum_over_ranks(torch.cat([sums, used]).to(me.device)).cpu()
-        n, l1, psnr = totals[:3].tolist()
-        share = float((totals[3:] > 0).double().mean())
-        return {"val_l1": l1 / n, "val_psnr": psnr / n, "val_codes_used": share} if n else {}
-
-    return evaluate
-
-
-def _painter(plan: Plan, catalog):
-    """pictures(engines, step): originals above their reconstructions."""
-
-    def paint(engines, step) -> np.ndarray:
-        engine = engines["tokenizer"]
-        engine.eval()
-        images = held_out.shown(plan, catalog, _SHOWN).images[:, 0]
         with torch.no_grad():
-            drawn, *_ = engine((images.float() / 255).to(plan.dtype))
+            for batch, counts in held_out.batches(self.plan, self.validation):
+                images, originals = batch.images[:, 0].float() / 255, batch.images[:, 0]
+                drawn, tokens, *_ = engine(images.to(self.plan.dtype))
+                drawn = drawn.float().clamp(0, 1)
+                lpips = self.lpips(images, drawn) if self.lpips else None
+                each = sums.add(images, drawn, tokens, counts, lpips)
+                remade = (drawn * 255).to(torch.uint8)  # truncated, as pixels() does
+                for sum_, pictures in zip(moments, (originals, remade), strict=False):
+                    sum_.add(self.inception(pictures)[0][counts.to(device)])
+                index = np.where(counts.numpy(), batch.index, -1)
+                worst.add(index, each["l1"], _Rows(originals), _Rows(remade))
         engine.train()
-        originals = images.permute(0, 2, 3, 1).cpu().numpy()
-        rows = {"originals": originals, "reconstructed": pixels(drawn.float())}
-        return grids.rows(list(held_out.join(rows, min(_SHOWN, catalog.n)).items()))
+        for total in (sums.total, *(each.total for each in moments)):
+            process.sum_over_ranks(total)
+        self._keep_worst(worst, step)
+        figures = {key: value for key, value in sums.figures().items() if key != "n"}
+        if moments and moments[0].n > 1 and process.start().first:  # seconds of work, which one rank logs
+            figures["rfid"] = frechet(*(each.gaussian() for each in moments))
+        return {f"val_{key}": value for key, value in figures.items()}
 
-    return paint
+    def _keep_worst(self, worst: Worst, step: int) -> None:
+        of_all = Worst(_SHOWN)
+        for kept in process.gather_objects(worst.kept):
+            of_all.merge(kept)
+        self._worst, self._measured = of_all.kept, step
+
+    def draw(self, engines, step: int) -> np.ndarray:
+        """Originals above their reconstructions, and so the worst of the held-out split."""
+        if self.validation and self._measured != step:
+            self.evaluate(engines, step)
+        engine, count = engines["tokenizer"], min(_SHOWN, self.shown.n)
+        columns = max(count, len(self._worst))
+        engine.eval()
+        images = held_out.shown(self.plan, self.shown, _SHOWN).images[:, 0]
+        with torch.no_grad():
+            drawn, *_ = engine((images.float() / 255).to(self.plan.dtype))
+        engine.train()
+        rows = {"originals": images.permute(0, 2, 3, 1).cpu().numpy(), "reconstructed": pixels(drawn)}
+        blocks = [(*held_out.join(rows, count).values(), [""] * count)]
+        if self._worst:
+            pictures = map(np.stack, zip(*(each.things for each in self._worst), strict=True))
+            blocks.append((*pictures, [f"l1 {each.error:.3f}" for each in self._worst]))
+        titles = ("originals", "worst originals")
+        return grids.pairs([(title, *block) for title, block in zip(titles, blocks, strict=False)], columns)
 
 
-# --- what an image costs
+class _Rows:
+    """Pictures (B, 3, H, W) of which single ones are fetched from the device: uint8 (H, W, 3)."""
+
+    def __init__(self, images: torch.Tensor):
+        self._images = images
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self._images[row].permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def _picture_on_meta(recipe: TokenizerRecipe) -> torch.Tensor:
-    return torch.zeros(1, 3, recipe.inputs.image_size, recipe.inputs.image_size, device="meta")
-
-
-def _largest_micro_batch(outline: Vqgan, recipe: TokenizerRecipe) -> int:
+def _largest_micro_batch(recipe: TokenizerRecipe) -> int:
     me = process.start()
-    kept = planner.activation_bytes(lambda: outline(_picture_on_meta(recipe)), outline)
-    return planner.largest_micro_batch(kept, me.device, me.local_world)
+    return planner.largest_micro_batch(planner.tokenizer_step_bytes(recipe), me.device, me.local_world)

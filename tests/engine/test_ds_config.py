@@ -64,7 +64,7 @@ def test_what_the_user_writes_stays(tmp_path):
     )
     config = force(path, precision="bf16")
     assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
-    assert config["data_types"] == {"grad_accum_dtype": "bf16"} and config["communication_data_type"] == "bf16"
+    assert config["data_types"]["grad_accum_dtype"] == "bf16" and config["communication_data_type"] == "bf16"
     assert config["steps_per_print"] == 7
 
 

@@ -262,7 +262,7 @@ def test_a_truncated_checkpoint(made, tmp_path, undisturbed):
     assert good == 4
     # A disk that forgets: published with half a file, then the power fails.
     plan = [fault("publish", 0, "truncate", at=2), fault("published", 0, "signal", at=2, signal="SIGKILL", to="me")]
-    launch, code = lives.live(*plan)
+    launch, _ = lives.live(*plan)
     assert lives.saved == good + 4, launch.text
     said = lives.finishes_like(undisturbed)  # from the one before
     assert re.search(rf"step_{good + 4:06d}\S*: damaged checkpoint .*looking at the one before", said)

@@ -174,6 +174,11 @@ def test_tokenizer_recipe_mistakes():
     message = error("inputs.image_size=36", "inputs.evaluation_resize=36", name="digits_tokenizer")
     assert "inputs.image_size = 36: must be a multiple of 8 (model.multipliers has 4 levels)" in message
     assert "did you mean" in error("loss.commitmen=1", name="digits_tokenizer")
+    small = ["inputs.image_size=16", "inputs.evaluation_resize=16"]
+    message = error(*small, name="tokenizer_imagenet")
+    assert "adversary.layers = 3: leaves nothing of inputs.image_size = 16, it needs 24 pixels" in message
+    small = ["inputs.image_size=8", "inputs.evaluation_resize=8", "loss.perceptual=1.0"]
+    assert "loss.perceptual: inputs.image_size = 8 must be at least 16" in error(*small, name="digits_tokenizer")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from mage_ds import recipes
+from mage_ds.errors import UserError
 
 # The supplement's Table 10 and model sizes, written out once more.
 TABLE_10 = {
@@ -47,7 +48,8 @@ SIZES = {  # batch, effective lr, encoder and decoder as depth, width, heads
 
 
 def test_names():
-    assert recipes.recipe_names() == ["digits_mage", "digits_tokenizer", *sorted(SIZES)]
+    samples = ["digits_mage", "digits_tokenizer", "emoji_mage", "emoji_tokenizer"]
+    assert recipes.recipe_names() == [*samples, *sorted(SIZES), "tokenizer_finetune", "tokenizer_imagenet"]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -64,8 +66,77 @@ def test_paper(name):
     assert recipe.machine.activation_checkpointing == checkpointing
 
 
-def test_digits_fit_each_other():
-    tokenizer, mage = recipes.load_recipe("digits_tokenizer"), recipes.load_recipe("digits_mage")
+# The original VQGAN's numbers, as "details as VQGAN" stands for them, and the paper's batch, augmentation and sizes.
+VQGAN = {
+    "inputs.image_size": 256,
+    "inputs.augmentation.scale": [0.2, 1.0],
+    "inputs.augmentation.flip": True,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.betas": [0.5, 0.9],
+    "optimizer.clip": None,
+    "loss.l1": 1.0,
+    "loss.perceptual": 1.0,
+    "loss.codebook": 1.0,
+    "loss.commitment": 0.25,
+    "adversary.start": {"steps": 250001},
+    "adversary.weight": 0.8,
+    "adversary.most": 1e4,
+    "adversary.layers": 3,
+    "adversary.channels": 64,
+    "adversary.norm": "batch",
+    "reseed_after": 0,
+}
+
+
+def test_the_tokenizers():
+    recipe = recipes.load_recipe("tokenizer_imagenet")
+    identity = recipe.identity()
+    assert {key: identity[key] for key in VQGAN} == VQGAN
+    assert recipe.batch == 256
+    assert recipe.effective_lr() == pytest.approx(256 * 4.5e-6) == recipe.optimizer.min_lr  # constant
+    assert recipe.model == recipes.load_recipe("pretrain_vit_base").tokenizer
+    tuned = recipes.load_recipe("tokenizer_finetune")
+    assert tuned.model == recipe.model and tuned.adversary.start.steps < tuned.duration.steps
+
+
+def test_a_rate_that_would_rise_is_refused():
+    with pytest.raises(UserError, match=r"min_lr = 0.001152: is above the learning rate in force.* = 0.000576; choose"):
+        recipes.load_recipe("tokenizer_imagenet", ["batch=128"])
+    smaller = recipes.load_recipe("tokenizer_imagenet", ["batch=128", "optimizer.min_lr=5.76e-4"])
+    assert smaller.effective_lr() == pytest.approx(smaller.optimizer.min_lr)
+
+
+def test_an_adversary_may_be_left_out_or_null():
+    without = recipes.load_recipe("digits_tokenizer")
+    assert without.adversary is None and without.identity()["adversary"] is None
+    assert recipes.load_recipe("tokenizer_imagenet", ["adversary=null"]).adversary is None
+    given = "adversary={start: {epochs: 2}, weight: 1.0, most: 5.0, layers: 2, channels: 8, norm: spectral}"
+    recipe = recipes.load_recipe("digits_tokenizer", [given, "adversary.start.steps=7"])
+    assert recipe.identity()["adversary.start"] == {"steps": 7}
+    assert "adversary" not in recipe.identity()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("adversary.weigth=1", "adversary.weigth: there is no such key; did you mean adversary.weight?"),
+        ("adversary.norm=layer", "adversary.norm = layer: must be one of batch, spectral"),
+        ("adversary.weight=-1", "adversary.weight = -1: must be a number above 0"),
+        (
+            "adversary=5",
+            "adversary = 5: must be a section with the keys start, weight, most, layers, channels, norm or null",
+        ),
+    ],
+)
+def test_what_is_wrong_in_an_optional_section(override, message):
+    with pytest.raises(UserError) as caught:
+        recipes.load_recipe("tokenizer_imagenet", [override])
+    assert str(caught.value) == f"command line: {message}"
+
+
+@pytest.mark.parametrize("sample", ["digits", "emoji"])
+def test_a_samples_recipes_fit_each_other(sample):
+    tokenizer, mage = recipes.load_recipe(f"{sample}_tokenizer"), recipes.load_recipe(f"{sample}_mage")
     assert mage.tokenizer == tokenizer.model
     assert mage.inputs == tokenizer.inputs
     assert mage.inputs.augmentation.model_dump() == {"scale": None, "ratio": None, "flip": False}
@@ -103,6 +174,7 @@ def test_identity_and_machine():
         "inputs.broken_limit",
         *(f"report.{name}" for name in ("log_every", "evaluate_every", "pictures_every", "checkpoint_every")),
         "report.evaluate_samples",
+        "report.inception",
         "report.keep",
         "report.keep_every",
         *(f"report.spike.{name}" for name in ("action", "factor", "window")),
