@@ -83,22 +83,18 @@ def tokenizer_of(recipe: Recipe) -> VqganModel | None:
     return recipe.tokenizer if isinstance(recipe, PretrainRecipe) else None
 
 
-def judges_of(recipe: Recipe) -> list[tuple[torch.nn.Module, Callable, int]]:
-    """What looks at a tokenizer's reconstructions beside their pixels, on torch's default device: the network, its
-    call on (pictures, reconstructions), and how many times the operations of this call a training step takes.
-
-    LPIPS is frozen and goes back to one of the two only. The discriminator goes forward and back to the
-    reconstruction for the tokenizer, and forward and all the way back on both for itself.
-    """
+def judges_of(recipe: Recipe) -> list[tuple[torch.nn.Module, Callable]]:
+    """What looks at a tokenizer's reconstructions beside their pixels, on torch's default device: the network, and its
+    call on (pictures, reconstructions)."""
     found = []
     if isinstance(recipe, PretrainRecipe):
         return found
     if recipe.loss.perceptual:
         lpips = Lpips()
-        found.append((lpips, lambda real, fake: lpips(fake, real), 1.5))
+        found.append((lpips, lambda real, fake: lpips(fake, real)))
     if numbers := recipe.adversary:
         critic = PatchGAN(numbers.channels, numbers.layers, numbers.norm)
-        found.append((critic, lambda real, fake: (critic(real), critic(fake)), 4))
+        found.append((critic, lambda real, fake: (critic(real), critic(fake))))
     return found
 
 
@@ -107,7 +103,7 @@ def parameters(recipe: Recipe) -> list[int]:
     another one: with small buckets, what they hold is a little more)."""
     with torch.device("meta"):
         trained = [model_of(recipe)]
-        trained += [critic for critic, *_ in judges_of(recipe) if isinstance(critic, PatchGAN)]
+        trained += [critic for critic, _ in judges_of(recipe) if isinstance(critic, PatchGAN)]
         return [p.numel() for model in trained for p in model.parameters()]
 
 
@@ -118,7 +114,7 @@ def tokenizer_step_bytes(recipe: Recipe) -> int:
         model, judges = model_of(recipe), judges_of(recipe)
         real, fake = (_pictures(recipe, 1, "cpu", torch.float32) for _ in range(2))
         fake.requires_grad_()
-        most = max((activation_bytes(partial(look, real, fake), judge) for judge, look, _ in judges), default=0)
+        most = max((activation_bytes(partial(look, real, fake), judge) for judge, look in judges), default=0)
         return most + activation_bytes(partial(model, real), model)
 
 
@@ -147,7 +143,8 @@ def flops_per_image(recipe: Recipe, *, cached: bool = False) -> int:
     """Useful operations of a training step: forward, twice that backward, and the tokenizer's encoder unless the
     tokens are `cached`.
 
-    With a discriminator they are those of a step in which it takes part; before its start they are fewer.
+    LPIPS goes back to the reconstruction only, half of its operations. A discriminator is left out: it is a few per
+    cent at the paper's size, and from its start on only.
     """
     with torch.device("meta"):
         model, tokenizer = model_of(recipe), tokenizer_of(recipe)
@@ -157,7 +154,8 @@ def flops_per_image(recipe: Recipe, *, cached: bool = False) -> int:
             count += forward_flops(lambda: vqgan.encode(picture))
     with _fake(torch.float32):
         real, fake = (_pictures(recipe, 1, "cpu", torch.float32) for _ in range(2))
-        count += sum(int(times * forward_flops(partial(look, real, fake))) for _, look, times in judges_of(recipe))
+        looks = [look for judge, look in judges_of(recipe) if isinstance(judge, Lpips)]
+        count += sum(3 * forward_flops(partial(look, real, fake)) // 2 for look in looks)
     return count
 
 
@@ -272,7 +270,7 @@ def _judging(recipe: Recipe, images: int, dtype: torch.dtype) -> int:
         with _fake(form):
             real, fake = (_pictures(recipe, images, "cpu", form) for _ in range(2))
             fake.requires_grad_()
-            for judge, look, _ in judges_of(recipe):
+            for judge, look in judges_of(recipe):
                 if not isinstance(judge, kind):
                     continue
                 with Live([real, fake, *judge.parameters()]) as live:

@@ -114,13 +114,21 @@ def _refuse_differences(out: Path, recipe: Recipe, facts: dict, extend: bool) ->
             f"--out {out}: its recipe has {key} = {_brief(then.get(key))}, this one {_brief(now.get(key))}; "
             f"{hint}choose another folder"
         )
-    stored = json.loads((out / "facts.json").read_text())
+    stored = read_facts(out)
     for key, what in (("data", "--data"), ("tokenizer", "--tokenizer")):
         if stored.get(key) != facts.get(key):
             raise UserError(
                 f"{what}: differs from the one that {out} was started with "
                 f"({_brief(stored.get(key))} there, {_brief(facts.get(key))} here); choose another --out"
             )
+
+
+def read_facts(out: Path) -> dict:
+    """What a run was started with: fingerprint of the data, hash of the tokenizer, ..."""
+    try:
+        return dict(json.loads((out / "facts.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{out}/facts.json: cannot be read ({error}); copy the whole run folder again") from None
 
 
 def _brief(value) -> str:

@@ -178,23 +178,24 @@ def save_tokenizer(folder: Path, model: Vqgan, numbers: dict, image_size: int) -
 
 
 def load_tokenizer(path: Path, step: int | None = None) -> tuple[Vqgan, dict]:
-    """A frozen tokenizer (float32, eval mode, CPU): of a tokenizer's run, folder or export, of the export of a model
-    with its tokenizer, or of a file of the authors' layouts, alone or `vqgan.*` in a MAGE's.
+    """A frozen tokenizer (float32, eval mode, CPU): a tokenizer's run, folder or export; the one that lies in a MAGE's
+    run or export; or of a file of the authors' layouts, alone or `vqgan.*` in a MAGE's.
 
     Returns it and {"model": its numbers, "image_size": pixels, "hash": digest of its weights}.
     """
     path = Path(path)
     if (path / "recipe.yaml").is_file():
-        open_run(path, "tokenizer")
+        if run_folder.load_recipe(path).task != "tokenizer" and (path / "tokenizer").is_dir():
+            path = path / "tokenizer"
     elif not (path / "config.json").is_file() and not path.is_file():
         raise UserError(
-            f"--tokenizer {path}: neither a tokenizer's run folder nor a tokenizer folder nor a file; train one with "
-            "`mage-ds train digits_tokenizer`, or give `random` to try a machine"
+            f"{path}: neither a tokenizer's run folder nor a tokenizer folder nor a file; train one with "
+            "`mage-ds train digits_tokenizer`"
         )
     parts = open_parts(path, step)
     parts = parts if parts.kind == "tokenizer" else parts.tokenizer
     if parts is None:
-        raise UserError(f"--tokenizer {path}: holds no tokenizer; give the one that it was trained with")
+        raise UserError(f"{path}: holds no tokenizer; give the one that it was trained with")
     model = build(parts)
     info = {"model": parts.model, "image_size": parts.image_size, "hash": weights_hash(model.state_dict())}
     return model, info

@@ -241,10 +241,7 @@ class _Tally:
 def _open(source: Path):
     if not source.exists():
         raise UserError(f"{source}: no such tokenizer; name a tokenizer's run folder, its export or a published file")
-    try:
-        return stored.load_tokenizer(source)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--tokenizer ")) from None  # it stands alone here
+    return stored.load_tokenizer(source)
 
 
 def _joined(worst) -> list:
@@ -278,7 +275,9 @@ def _table(sets: list[_Set], ruler: _Ruler) -> str:
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".results.json.part").touch()
+        part = out / ".results.json.part"
+        part.touch()
+        part.unlink()
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another folder with --out") from None
 

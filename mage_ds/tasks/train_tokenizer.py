@@ -137,7 +137,7 @@ def _given(init: str | None, recipe: TokenizerRecipe, out: Path) -> tuple[Vqgan 
 
 def _facts(out: Path) -> dict | None:
     """What a run folder was started with; None where there is no run."""
-    return json.loads((out / "facts.json").read_text()) if (out / "recipe.yaml").is_file() else None
+    return run_folder.read_facts(out) if (out / "recipe.yaml").is_file() else None
 
 
 def _first_values(plan: Plan, catalog, given: Vqgan | None) -> Vqgan:
@@ -183,7 +183,7 @@ class Step:
 
     def __init__(self, plan: Plan, vqgan: Vqgan, lpips: Lpips | None = None):
         self.recipe, self.dtype, self.lpips = plan.recipe, plan.dtype, lpips
-        self.opponent, self._z = None, None
+        self.opponent, self._z, self._valid = None, None, None
         if adversary := plan.recipe.adversary:
             start = recipes.resolve(adversary.start, samples=plan.dataset, batch=plan.recipe.batch)
             self.opponent = Opponent(adversary, vqgan, start, plan.dtype)
@@ -197,6 +197,7 @@ class Step:
         images, weights = batch.images[:, 0].float() / 255, self.recipe.loss
         drawn, tokens, *own = engines["tokenizer"](images.to(self.dtype))
         self.usage.add(tokens, batch.valid)
+        self._valid = batch.valid > 0
         leaf = drawn.detach().float().requires_grad_()
         l1 = (leaf - images).abs().mean(dim=(1, 2, 3))
         losses, logs = weights.l1 * l1, {"l1": (l1.detach() * batch.valid).mean()}
@@ -208,14 +209,15 @@ class Step:
         (pull,) = torch.autograd.grad(picture, leaf)
         codes = ((weights.codebook * own[0] + weights.commitment * own[1]) * batch.valid).mean()
         # Without the adversarial part, which says nothing about quality: curves and the rule for spikes look at it.
-        logs = {"loss": picture.detach() + codes.detach(), **logs}
+        whole = picture.detach() + codes.detach()
+        logs = {"loss": whole, **logs}
         playing = self.opponent is not None and step >= self.opponent.start
         if playing:
             more, told = self.opponent.pull(engines["discriminator"], leaf, batch.valid, pull)
-            pull, logs = pull + more, logs | told
+            pull, logs, whole = pull + more, logs | told, whole + told["adversarial"].detach()
         loss = (drawn.float() * pull).sum() + codes
-        # Its value is without meaning, its gradient right; but where a loss is not finite, it must not be either.
-        yield "tokenizer", loss + (sum(logs.values()) - loss).detach(), logs
+        # The gradient is right; the value is made that of the losses, for where it is not finite the step is skipped.
+        yield "tokenizer", loss + (whole - loss).detach(), logs
         if playing:
             loss, logs = self.opponent.loss(engines["discriminator"], images, leaf.detach(), batch.valid)
             yield "discriminator", loss, logs
@@ -232,8 +234,8 @@ class Step:
             self._z = inputs[0].detach()
 
     def _points(self) -> torch.Tensor:
-        """The encoder's outputs in the last micro-batch, (B N, D)."""
-        return self._z.flatten(2).transpose(1, 2).flatten(0, 1)
+        """The encoder's outputs in the last micro-batch, (n N, D); of placeholders none."""
+        return self._z[self._valid].flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 # --- held-out figures and pictures
@@ -264,11 +266,11 @@ class HeldOut:
                 drawn = drawn.float().clamp(0, 1)
                 lpips = self.lpips(images, drawn) if self.lpips else None
                 each = sums.add(images, drawn, tokens, counts, lpips)
-                remade = (drawn * 255).to(torch.uint8)  # truncated, as pixels() does
+                remade = (drawn * 255).round().to(torch.uint8)  # as `evaluate` measures it
                 for sum_, pictures in zip(moments, (originals, remade), strict=False):
                     sum_.add(self.inception(pictures)[0][counts.to(device)])
                 index = np.where(counts.numpy(), batch.index, -1)
-                worst.add(index, each["l1"], _Rows(originals), _Rows(remade))
+                worst.add(index, -each["psnr"], _Rows(originals), _Rows(remade))
         engine.train()
         for total in (sums.total, *(each.total for each in moments)):
             process.sum_over_ranks(total)
@@ -299,7 +301,7 @@ class HeldOut:
         blocks = [(*held_out.join(rows, count).values(), [""] * count)]
         if self._worst:
             pictures = map(np.stack, zip(*(each.things for each in self._worst), strict=True))
-            blocks.append((*pictures, [f"l1 {each.error:.3f}" for each in self._worst]))
+            blocks.append((*pictures, [f"{-each.error:.1f} dB" for each in self._worst]))
         titles = ("originals", "worst originals")
         return grids.pairs([(title, *block) for title, block in zip(titles, blocks, strict=False)], columns)
 
