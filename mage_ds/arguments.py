@@ -193,14 +193,19 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="folder of pictures, with or without train/ and val/")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a tokenizer's run folder")
     parser.add_argument("--out", required=True, metavar="TOKENS", help="folder for them; an unfinished one continues")
-    parser.add_argument("--recipe", metavar="RECIPE", help="whose `inputs` and `seed` are meant: name or .yaml file")
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="whose `inputs`, `seed` and precision are meant: name or .yaml file"
+    )
     parser.add_argument("--views", type=_number(int, 1, 999), default=1, metavar="K", help="crops of a picture (1)")
     parser.add_argument(
         "--augmentation", choices=("strong", "weak", "none"), help="of the views (the recipe's; without one: none)"
     )
     parser.add_argument("--batch", type=_count, default=16, metavar="B", help="pictures of one forward pass (16)")
     parser.add_argument(
-        "--precision", choices=("auto", "bf16", "float32"), default="auto", help="the tokenizer's (as of `train`)"
+        "--precision",
+        choices=("auto", "bf16", "float32"),
+        default="auto",
+        help="the tokenizer's (auto: the recipe's machine.precision, without a recipe as of `train`)",
     )
 
 

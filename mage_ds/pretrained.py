@@ -9,10 +9,13 @@ rounding. Results lie on the model's device, without gradients. What takes more 
 shows a bar on stderr; TQDM_DISABLE=1 in the environment hides it.
 """
 
+import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -44,6 +47,10 @@ def from_pretrained(path, tokenizer=None, *, device=None, dtype=None, step: int 
 
         model = mage_ds.from_pretrained("RUN", device="cuda", dtype="bfloat16")
     """
+    for name, given in (("path", path), ("tokenizer", "" if tokenizer is None else tokenizer)):
+        if not isinstance(given, str | os.PathLike):
+            raise UserError(f"{name} {_line(given)}: must be a str or a Path")
+    step = None if step is None else _whole("step", step, 0)
     device, dtype = _device(device), _dtype(dtype)
     return Pretrained(stored.open_model(path, tokenizer, step), str(path), device, dtype)
 
@@ -102,10 +109,14 @@ class Pretrained:
         """
         self._need("tokenizer", "detokenize")
         tokens = self._tokens(tokens, self.tokenizer.quantize.codes)
-        side = int(tokens.shape[1] ** 0.5)
-        grid = (side, side) if grid is None else tuple(grid)
-        if grid[0] * grid[1] != tokens.shape[1]:
-            raise UserError(f"{tokens.shape[1]} tokens are not {grid[0]} x {grid[1]}; say detokenize(..., grid=(h, w))")
+        side = math.isqrt(tokens.shape[1])
+        try:
+            high, wide = (side, side) if grid is None else grid
+        except (TypeError, ValueError):
+            raise UserError(f"grid {_line(grid)}: must be two numbers, rows and columns of tokens") from None
+        grid = high, wide = _whole("grid", high, 1), _whole("grid", wide, 1)
+        if high * wide != tokens.shape[1]:
+            raise UserError(f"{tokens.shape[1]} tokens are not {high} x {wide}; say detokenize(..., grid=(h, w))")
         batch = self._batch(batch, tokens.shape[1] * self.factor**2)
         return self._in_tiles(lambda some: self._decode(some, grid), batch, tokens)
 
@@ -165,9 +176,8 @@ class Pretrained:
         Args: steps, temperature: T and tau, by default the model's own; class_label: None (no model takes one yet).
         """
         mage = self._need("mage", "generate", "tokenizer")
-        steps, temperature = self._how(steps, temperature, class_label)
-        if num < 1:
-            raise UserError(f"num {num}: must be at least 1")
+        steps, temperature, seed = self._how(steps, temperature, seed, class_label)
+        num = _whole("num", num, 1)
         batch, made = self._batch(batch, self.image_size**2), []
         empty = torch.zeros(batch, mage.tokens, dtype=torch.int64, device=self.device)
         every = torch.ones_like(empty, dtype=torch.bool)
@@ -201,7 +211,7 @@ class Pretrained:
             images = model.edit(images, mask, seed=1, composite=True)
         """
         self._need("mage", "edit", "tokenizer")
-        steps, temperature = self._how(steps, temperature, class_label)
+        steps, temperature, seed = self._how(steps, temperature, seed, class_label)
         count, stream = convert.pictures(images)
         stream = stream if count is not None else list(stream)
         mask = self._pixel_mask(mask, len(stream) if count is None else count)
@@ -288,18 +298,16 @@ class Pretrained:
         if batch is None:
             budget, most = _TILE[self.device.type]
             return max(1, min(most, budget // pixels))
-        if batch < 1:
-            raise UserError(f"batch {batch}: must be at least 1")
-        return batch
+        return _whole("batch", batch, 1)
 
-    def _how(self, steps, temperature, class_label) -> tuple[int, float]:
+    def _how(self, steps, temperature, seed, class_label) -> tuple[int, float, int]:
         if class_label is not None:
-            raise UserError(f"class_label {class_label}: this model was trained without classes; leave it out")
-        steps = self.sampling["steps"] if steps is None else steps
-        temperature = float(self.sampling["temperature"] if temperature is None else temperature)
-        if steps < 1 or not 0 <= temperature < float("inf"):
-            raise UserError(f"steps {steps}, temperature {temperature:g}: steps >= 1 and temperature >= 0 are needed")
-        return steps, temperature
+            raise UserError(f"class_label {_line(class_label)}: this model was trained without classes; leave it out")
+        steps = _whole("steps", self.sampling["steps"] if steps is None else steps, 1)
+        heat = self.sampling["temperature"] if temperature is None else temperature
+        if not isinstance(heat, Real) or isinstance(heat, bool) or not 0 <= heat < math.inf:
+            raise UserError(f"temperature {_line(heat)}: must be a finite number of at least 0")
+        return steps, float(heat), _whole("seed", seed, 0)
 
     def _need(self, part: str, method: str, *more: str):
         """The module that a method needs; UserError where this model has none."""
@@ -315,9 +323,10 @@ class Pretrained:
         return module
 
     def _tokens(self, tokens, codes: int, masked: Tensor | None = None) -> Tensor:
-        tokens = convert.tensor(tokens)
+        tokens = convert.tensor(tokens, "tokens")
         tokens = tokens[None] if tokens.ndim == 1 else tokens
-        if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.ndim != 2 or not len(tokens):
+        other = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+        if other or tokens.ndim != 2 or not tokens.numel():
             raise UserError(f"tokens: {tokens.dtype} {tuple(tokens.shape)} given, must be integers (B, N)")
         tokens = tokens.to(self.device, torch.int64)
         if masked is not None:
@@ -330,7 +339,7 @@ class Pretrained:
         return tokens
 
     def _mask(self, mask, name: str) -> Tensor:
-        mask = convert.tensor(mask)
+        mask = convert.tensor(mask, name)
         if mask.dtype != torch.bool:
             raise UserError(f"{name} is {str(mask.dtype).removeprefix('torch.')}: must be bool, True = to fill")
         return mask.to(self.device)
@@ -357,6 +366,18 @@ def _float32_convolutions():
 def _bar(total: int | None, unit: str) -> tqdm:
     interval = 0.1 if sys.stderr.isatty() else 10
     return tqdm(total=total, unit=unit, delay=_BAR_AFTER_S, mininterval=interval, dynamic_ncols=True)
+
+
+def _line(value) -> str:
+    """Anything, in a line of a message."""
+    return " ".join(repr(value).split())[:60]
+
+
+def _whole(name: str, value, low: int) -> int:
+    """A whole number from `low` on, numpy's too; UserError for anything else."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        raise UserError(f"{name} {_line(value)}: must be a whole number, at least {low}")
+    return int(value)
 
 
 def _device(device) -> torch.device:

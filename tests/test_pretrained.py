@@ -104,6 +104,8 @@ def test_generate_takes_the_models_own_settings(mage):
     assert set(own) == {"steps", "temperature"}
     made = mage.generate(2, batch=2)
     assert (made == mage.generate(2, own["steps"], own["temperature"], seed=0, batch=2)).all()
+    numpys = np.int64(own["steps"]), np.float32(own["temperature"]), np.uint8(0)
+    assert (made == mage.generate(np.int32(2), *numpys, batch=np.int16(2))).all()
     assert (made != mage.generate(2, seed=1, batch=2)).any()
 
 
@@ -190,6 +192,24 @@ def test_wrong_tokens_and_masks_are_refused(mage):
         (lambda: mage.generate(1, temperature=-1), "temperature -1"),
         (lambda: mage.generate(1, batch=0), "batch 0"),
         (lambda: mage.generate(1, class_label=3), "class_label 3"),
+        (lambda: mage.generate("3"), "num '3': must be a whole number"),
+        (lambda: mage.generate(2.5), "num 2.5"),
+        (lambda: mage.generate(True), "num True"),
+        (lambda: mage.generate(1, steps=2.5), "steps 2.5"),
+        (lambda: mage.generate(1, temperature="hot"), "temperature 'hot'"),
+        (lambda: mage.generate(1, temperature=float("nan")), "temperature nan"),
+        *((lambda s=s: mage.generate(1, seed=s), f"seed {s}: must") for s in (None, 1.5, -1)),
+        *((lambda b=b: mage.tokenize(edit, batch=b), f"batch {b!r}: must") for b in (1.5, "a", False)),
+        *((lambda t=t: mage.detokenize(t), "tokens: ") for t in (None, "abc", [[1, 2], [3]], [], tokens[:, :0], 5)),
+        (lambda: mage.detokenize(tokens.to_sparse()), "tokens: is a sparse"),
+        (lambda: mage.detokenize(tokens, grid=4), "grid 4: must be two numbers"),
+        (lambda: mage.detokenize(tokens, grid=(-4, -4)), "grid -4"),
+        (lambda: mage.edit(edit, None), "mask: a NoneType"),
+        (lambda: mage.edit(edit, torch.ones(SIDE, SIDE, dtype=torch.bool), seed=-1), "seed -1"),
+        (lambda: mage_ds.from_pretrained(None), "path None"),
+        (lambda: mage_ds.from_pretrained(5), "path 5"),
+        (lambda: mage_ds.from_pretrained("R", tokenizer=5), "tokenizer 5"),
+        (lambda: mage_ds.from_pretrained("R", step=1.5), "step 1.5"),
         (lambda: mage.edit(edit, torch.ones(SIDE, SIDE, dtype=torch.bool), class_label=3), "class_label 3"),
     ]:
         with pytest.raises(UserError) as error:

@@ -28,7 +28,7 @@ def pictures(given) -> tuple[int | None, Iterator[Tensor]]:
     if isinstance(given, Image.Image):
         given = [given]
     elif isinstance(given, Tensor | np.ndarray) or hasattr(given, "__dlpack__"):
-        given = given if isinstance(given, Tensor | np.ndarray) else torch.from_dlpack(given)
+        given = given if isinstance(given, np.ndarray) else tensor(given, "pictures")
         if given.ndim not in (3, 4):
             raise UserError(f"pictures of shape {tuple(given.shape)}: must be (B, 3, H, W) or (B, H, W, 3)")
         given = given[None] if given.ndim == 3 else given
@@ -38,13 +38,21 @@ def pictures(given) -> tuple[int | None, Iterator[Tensor]]:
     return count, (_picture(each, f"picture {i}") for i, each in enumerate(given))
 
 
-def tensor(given) -> Tensor:
-    """Tokens or a mask out of a tensor, numpy array (uint16 and memory maps too), DLPack object or nested list."""
-    if isinstance(given, np.ndarray):
-        return torch.from_numpy(np.array(given, order="C"))
-    if not isinstance(given, Tensor) and hasattr(given, "__dlpack__"):
-        return torch.from_dlpack(given)
-    return torch.as_tensor(given)
+def tensor(given, name: str) -> Tensor:
+    """Tokens, a mask or a picture out of a tensor, numpy array (uint16 and memory maps too), DLPack object or nested
+    list. Raises UserError with `name` for anything else."""
+    try:
+        if isinstance(given, np.ndarray):
+            return torch.from_numpy(np.array(given, order="C"))
+        if not isinstance(given, Tensor) and hasattr(given, "__dlpack__"):
+            given = torch.from_dlpack(given)
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError, BufferError) as error:  # ragged, None, objects, dates
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{name}: a {type(given).__name__} that makes no tensor ({why})") from None
+    if found.layout != torch.strided or found.is_nested or found.is_meta:
+        raise UserError(f"{name}: is a sparse, nested or meta tensor; give a plain one: x.to_dense()")
+    return found
 
 
 def _picture(given, name: str) -> Tensor:
@@ -52,10 +60,7 @@ def _picture(given, name: str) -> Tensor:
         given = _pixels(given, name)
     if not isinstance(given, Tensor | np.ndarray) and not hasattr(given, "__dlpack__"):
         raise UserError(f"{name}: is a {type(given).__name__}; give a PIL image, a numpy array or a tensor")
-    try:
-        x = tensor(given)
-    except TypeError as error:  # numpy's objects, strings, dates
-        raise UserError(f"{name}: {error}") from None
+    x = tensor(given, name)
     if x.ndim != 3 or 3 not in (x.shape[0], x.shape[2]) or not x.numel():
         raise UserError(f"{name}: has shape {tuple(x.shape)}; must be (3, H, W) or (H, W, 3), three colours")
     x = x if x.shape[0] == 3 else x.movedim(2, 0)

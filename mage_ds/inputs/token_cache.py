@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mage_ds import recipes
 from mage_ds.errors import UserError
 from mage_ds.inputs import order
 from mage_ds.inputs.batch import Batch
@@ -114,11 +115,21 @@ def read_facts(root: Path) -> dict | None:
         if facts["fingerprint"] != fingerprint(facts["settings"]):
             raise UserError(_damaged(path, "its settings are not those that its fingerprint was taken of", _ANEW))
         {key: facts[key] for key in ("complete", "classes", "splits")}
+        if not _tells(facts):
+            raise UserError(_damaged(path, "it does not tell how many pictures `train` has", _ANEW))
         return facts
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(_damaged(path, f"not readable: {error!r}", _ANEW)) from None
+
+
+def _tells(facts: dict) -> bool:
+    """Whether the splits of a complete cache say how many pictures they hold, `train` among them."""
+    splits = facts["splits"]
+    if not isinstance(splits, dict) or (facts["complete"] and "train" not in splits):
+        return False
+    return all(isinstance(one, dict) and type(one.get("n")) is int for one in splits.values())
 
 
 def fingerprint(settings: dict) -> str:
@@ -221,7 +232,7 @@ def _known(out: Path, settings: dict) -> dict | None:
         return None
     then = before["settings"]
     if keys := [key for key in settings if then.get(key) != settings[key]]:
-        what = "; ".join(f"{key} {_brief(then.get(key))} there, {_brief(settings[key])} here" for key in keys)
+        what = "; ".join(f"{key} {brief(then.get(key))} there, {brief(settings[key])} here" for key in keys)
         raise UserError(f"--out {out}: holds tokens of other settings ({what}); choose another folder")
     return before
 
@@ -242,7 +253,11 @@ def _alone(out: Path):
         yield
 
 
-def _brief(value) -> str:
+def brief(value) -> str:
+    """A setting as people say it: an augmentation by its name, a digest by its beginning."""
+    for name, numbers in recipes.augmentations().items():
+        if value == numbers:
+            return name
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:12] if len(text) == 64 and isinstance(value, str) else text
 

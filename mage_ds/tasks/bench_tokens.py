@@ -1,5 +1,6 @@
 """What a token cache gains: images/s of a training step's input from a cache, and with live tokenization."""
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from mage_ds.recipes.schema import PretrainRecipe
 
 _MICRO = 8  # pictures of a micro-batch where the recipe leaves the number open
 _SECONDS = 2.0  # that the cache is read for
+_SPARE = 1 << 24  # bytes that stay free on the disk
+_BLOCK = 1 << 22  # tokens that are drawn at once
 
 
 def tokens(name: str, overrides: list[str], *, data: str, images: int = 16, samples: int, where: str = ".") -> None:
@@ -32,6 +35,7 @@ def tokens(name: str, overrides: list[str], *, data: str, images: int = 16, samp
     if not isinstance(recipe, PretrainRecipe):
         raise UserError(f"{name}: trains a tokenizer, which reads pictures; name a recipe that trains a MAGE")
     me = process.start()
+    _refuse_many(samples, recipe.model.tokens, where, me.local_world)
     micro = _MICRO if recipe.machine.micro_batch == "auto" else recipe.machine.micro_batch
     precision = ds_config.choose_precision(recipe.machine.precision, me.device)
     order = {"seed": recipe.seed, "position": 0, "batch": micro * me.world, "micro_batch": micro}
@@ -43,6 +47,23 @@ def tokens(name: str, overrides: list[str], *, data: str, images: int = 16, samp
         f"{me.world} ranks\nlive tokenization  {live:,.3g} images/s\ntoken cache        {cached:,.0f} images/s of "
         f"{samples:,} samples\nratio              {cached / live:,.0f}"
     )
+
+
+def _refuse_many(samples: int, width: int, where: str, ranks: int) -> None:
+    """UserError where the disk has no room for the files of the ranks of this host, or does not say."""
+    try:
+        free = shutil.disk_usage(where).free
+    except OSError as error:
+        raise _unwritable(where, error) from None
+    if (need := 2 * width * samples * ranks) + _SPARE > free:
+        raise UserError(
+            f"--samples {samples}: their tokens need {need / 1e6:,.0f} MB, the disk of --dir {where} has "
+            f"{free / 1e6:,.0f} MB left; take fewer, or name a folder on another disk"
+        )
+
+
+def _unwritable(where: str, error: OSError) -> UserError:
+    return UserError(f"--dir {where}: cannot be written ({error.strerror or error}); name another folder")
 
 
 def _all(rate: float) -> float:
@@ -64,10 +85,8 @@ def _live(recipe: PretrainRecipe, data: str, precision: str, images: int, order:
 def _cached(recipe: PretrainRecipe, samples: int, where: str, order: dict) -> float:
     try:
         with tempfile.TemporaryDirectory(prefix=".bench_tokens.", dir=where) as folder:
-            path, shape = Path(folder) / "tokens.npy", (samples, 1, recipe.model.tokens)
-            made = np.random.default_rng(recipe.seed).integers(recipe.model.codes, size=shape, dtype=np.uint16)
-            np.save(path, made)
-            del made
+            path = Path(folder) / "tokens.npy"
+            _write(path, samples, recipe)
             cache = TokenCache(
                 root=Path(folder),
                 split="train",
@@ -75,13 +94,27 @@ def _cached(recipe: PretrainRecipe, samples: int, where: str, order: dict) -> fl
                 classes=[],
                 fingerprint="",
                 tokens=np.load(path, mmap_mode="r"),
-                valid=np.ones((samples, 1), dtype=bool),
-                labels=np.full(samples, -1, dtype=np.int32),
+                valid=np.broadcast_to(np.True_, (samples, 1)),  # one value in memory, however many samples
+                labels=np.broadcast_to(np.int32(-1), samples),
             )
             source = token_cache.stream(cache, **order)
             return _rate(source, lambda batch: batch.tokens[:, 0], order, lambda n, s: s > _SECONDS)
     except OSError as error:
-        raise UserError(f"--dir {where}: cannot be written ({error.strerror}); name another folder") from None
+        raise _unwritable(where, error) from None
+    except MemoryError:  # the order of an epoch is drawn in memory, as in a training
+        raise UserError(f"--samples {samples}: their order does not fit into this machine's memory; fewer") from None
+
+
+def _write(path: Path, samples: int, recipe: PretrainRecipe) -> None:
+    """Random tokens, block by block: as large as the disk, not as the memory."""
+    draw, width = np.random.default_rng(recipe.seed), recipe.model.tokens
+    rows = max(1, _BLOCK // width)
+    with open(path, "wb") as file:
+        head = {"descr": "<u2", "fortran_order": False, "shape": (samples, 1, width)}
+        np.lib.format.write_array_header_1_0(file, head)
+        for first in range(0, samples, rows):
+            shape = min(rows, samples - first), width
+            file.write(draw.integers(recipe.model.codes, size=shape, dtype=np.uint16).astype("<u2").tobytes())
 
 
 def _rate(source, tokens_of, order: dict, enough) -> float:

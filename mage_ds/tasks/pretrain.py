@@ -1,6 +1,5 @@
 """Pre-training of MAGE (paper sections 3 and 4, Table 10): pictures -> tokens -> masks -> logits -> loss."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mage_ds import keyed, recipes
+from mage_ds import keyed
 from mage_ds.engine import held_out, loop, planner, process, run_folder, stored, training, watch, wrap
 from mage_ds.engine.training import Options, Plan, tokenize
 from mage_ds.errors import UserError
 from mage_ds.inputs.batch import Batch
 from mage_ds.inputs.catalog import open_catalog
-from mage_ds.inputs.token_cache import TokenCache
+from mage_ds.inputs.token_cache import TokenCache, brief
 from mage_ds.models import Mage, Vqgan
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import mask_ratio, masks
@@ -63,6 +62,8 @@ def pretrain(
         )
         if training.already_done(plan):
             return
+        if cached:
+            _warn_of_dtype(catalog, plan.precision)
         process.say(f"{catalog.n:,} training pictures, {validation.n if validation else 'no'} held out (val/)")
         mage = wrap.build(lambda: Mage(**recipe.model.model_dump()), recipe.seed, plan.config)
         opened = training.begin(
@@ -120,9 +121,7 @@ def _refuse_others(cache: TokenCache, recipe: PretrainRecipe, tokenizer_hash: st
     if "val" not in made["data"]:
         del asked["evaluation_resize"]
     if keys := [key for key in asked if asked[key] != made[key]]:
-        names = {json.dumps(numbers): name for name, numbers in recipes.augmentations().items()}
-        told = [[names.get(text, text) for text in map(json.dumps, (made[key], asked[key]))] for key in keys]
-        what = "; ".join(f"{key} {then} there, {now} here" for key, (then, now) in zip(keys, told, strict=True))
+        what = "; ".join(f"{key} {brief(made[key])} there, {brief(asked[key])} here" for key in keys)
         raise UserError(
             f"--data {cache.root}: its tokens were made of pictures cut otherwise than the recipe says ({what}); make "
             "others with `mage-ds tokenize --recipe RECIPE`, or change the recipe: inputs.KEY=VALUE"
@@ -136,6 +135,15 @@ def _refuse_others(cache: TokenCache, recipe: PretrainRecipe, tokenizer_hash: st
     seed = "" if made["seed"] == recipe.seed else f" of seed {made['seed']}"
     views = f"{cache.views} views{seed}, one an epoch in turn" if cache.views > 1 else f"one view{seed}"
     process.say(f"tokens of {cache.root}: {views}, made in {made['dtype']} in batches of {made['batch']}")
+
+
+def _warn_of_dtype(cache: TokenCache, precision: str) -> None:
+    """A cache of another number format is of use, but live training would see some other tokens."""
+    if (made := cache.settings["dtype"]) != precision:
+        process.say(
+            f"WARNING: the tokens of {cache.root} were made in {made}, this training is in {precision}, which would "
+            f"make some of them other ones; for those: `mage-ds tokenize --precision {precision} ...`"
+        )
 
 
 # --- one step

@@ -43,18 +43,19 @@ def tokenize(
     evaluation crop. Tokens equal those of live training bit for bit in float32 where `batch` is its micro batch.
 
     Args: tokenizer: a path as for `train`; recipe: whose `seed` and `inputs` are meant (by default: no augmentation,
-    the tokenizer's picture size, linear interpolation, seed 0); augmentation: a name, instead of the recipe's.
+    the tokenizer's picture size, linear interpolation, seed 0); augmentation: a name, instead of the recipe's;
+    precision: "auto" is the recipe's machine.precision.
     Raises UserError for what cannot be, and for an `out` of other settings.
     """
     me, out = process.start(), Path(out)
     catalogs = {split: open_catalog(data, split) for split in token_cache.SPLITS}
     catalogs = {split: catalog for split, catalog in catalogs.items() if catalog is not None}
     vqgan, info = _tokenizer(tokenizer)
-    inputs, seed = _inputs(recipe, augmentation, info["image_size"])
+    inputs, seed, preferred = _inputs(recipe, augmentation, info["image_size"])
     width = _width(vqgan, inputs.image_size, tokenizer)
     if views > 1 and inputs.augmentation.scale is None and not inputs.augmentation.flip:
         raise UserError(f"--views {views}: without augmentation they are all the same; leave it out")
-    precision = ds_config.choose_precision(precision, me.device)
+    precision = ds_config.choose_precision(preferred if precision == "auto" else precision, me.device)
     settings = {
         "data": {split: catalog.fingerprint for split, catalog in catalogs.items()},
         "tokenizer": info["hash"],
@@ -104,20 +105,21 @@ def _width(vqgan, image_size: int, path: str) -> int:
     return (image_size // vqgan.factor) ** 2
 
 
-def _inputs(recipe: str | None, augmentation: str | None, image_size: int) -> tuple[Inputs, int]:
-    """Size, crops and interpolation of the pictures, and the seed of the crops."""
+def _inputs(recipe: str | None, augmentation: str | None, image_size: int) -> tuple[Inputs, int, str]:
+    """Size, crops and interpolation of the pictures, the seed of the crops, and the precision of a training."""
     named = recipes.augmentations()
     if recipe is not None:
         overrides = [f"inputs.augmentation={augmentation}"] if augmentation else []
         found = recipes.load_recipe(recipe, overrides)
-        return found.inputs, found.seed
-    return Inputs(
+        return found.inputs, found.seed, found.machine.precision
+    inputs = Inputs(
         image_size=image_size,
         augmentation=Augmentation(**named[augmentation or "none"]),
         interpolation="linear",
         evaluation_resize=image_size,
         broken_limit=_BROKEN,
-    ), 0
+    )
+    return inputs, 0, "auto"
 
 
 def _begin(out: Path, settings: dict, classes: list[str], held: ExitStack) -> dict:

@@ -104,6 +104,8 @@ def test_pil_modes_transparency_and_orientation():
         (None, "NoneType"),
         ({"image": photos(1)}, "dict"),
         (np.array([["a"]] * 9).reshape(3, 3, 1), "picture 0"),
+        (torch.zeros(1, 3, 16, 16).to_sparse(), "sparse"),
+        ([torch.zeros(3, 16, 16).to_sparse()], "picture 0: is a sparse"),
     ],
 )
 def test_anything_else_is_refused_in_one_line(given, said):
@@ -117,3 +119,9 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
     with pytest.raises(UserError, match="picture 1: cannot be read"):
         converted(Image.open(tmp_path / name) for name in ("whole.jpg", "cut.jpg"))
+
+
+@pytest.mark.parametrize("given", [None, "abc", [[1, 2], [3]], [2**70], object(), torch.eye(3).to_sparse()])
+def test_what_makes_no_tensor_is_refused_in_one_line(given):
+    with pytest.raises(UserError, match=r"^tokens: [^\n]*$"):
+        convert.tensor(given, "tokens")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mage_ds import keyed
+from mage_ds import keyed, recipes
 from mage_ds.errors import UserError
 from mage_ds.inputs import token_cache
 from mage_ds.inputs.catalog import open_catalog
@@ -161,6 +161,17 @@ def other_format(path):
     path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
 
 
+def nested(path):
+    path.write_text("[" * 200000)
+
+
+def with_splits(splits):
+    def harm(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"splits": splits}))
+
+    return harm
+
+
 @pytest.mark.parametrize(
     "file, harm, says",
     [
@@ -176,6 +187,11 @@ def other_format(path):
         ("tokens.json", garbage, "not readable"),
         ("tokens.json", other_seed, "fingerprint"),
         ("tokens.json", other_format, "format 9"),
+        ("tokens.json", nested, "not readable"),
+        *(
+            ("tokens.json", with_splits(splits), "does not tell how many pictures")
+            for splits in (["train"], {}, {"val": {"n": 6}}, {"train": {"n": "23"}}, {"train": 23}, None)
+        ),
     ],
 )
 def test_damage_is_one_line_with_the_file_and_the_remedy(made, file, harm, says):
@@ -268,7 +284,8 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def test_what_begin_refuses(tmp_path, made):
-    foreign, file = tmp_path / "foreign", tmp_path / "file"
+    foreign, file, named = tmp_path / "foreign", tmp_path / "file", recipes.augmentations()
+    make(tmp_path / "weak", SETTINGS | {"augmentation": named["weak"]})
     foreign.mkdir()
     (foreign / "letter.txt").write_text("dear")
     file.write_text("x")
@@ -276,6 +293,7 @@ def test_what_begin_refuses(tmp_path, made):
         foreign: (SETTINGS, "holds files but no tokens.json"),
         file: (SETTINGS, "is a file"),
         made[0]: (SETTINGS | {"seed": 3, "views": 4}, "views 3 there, 4 here; seed 0 there, 3 here"),
+        tmp_path / "weak": (SETTINGS | {"augmentation": named["none"]}, "augmentation weak there, none here"),
     }
     for out, (settings, says) in cases.items():
         before = sorted(out.rglob("*"))

@@ -22,6 +22,7 @@ from mage_ds.inputs import dali, token_cache
 from mage_ds.inputs.catalog import open_catalog
 from mage_ds.inputs.quarantine import Quarantine
 from mage_ds.models import Vqgan
+from mage_ds.tasks import bench_tokens
 from mage_ds.tasks import tokenize as task
 from mage_ds.tasks.pretrain import pretrain
 
@@ -149,6 +150,15 @@ def test_without_a_recipe_the_tokenizer_decides(place, tmp_path):
     assert (cache.settings["image_size"], cache.settings["evaluation_resize"]) == (16, 16)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_recipes_precision_unless_another_is_asked_for(place, tmp_path, precision):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(recipes.load_recipe(place.recipe, [f"machine.precision={precision}"])))
+    made = [tokenize(place, tmp_path / asked, recipe=str(path), precision=asked) for asked in ("auto", "float32")]
+    found = [token_cache.read_facts(out)["settings"]["dtype"] for out in made]
+    assert found == [precision, "float32"]
+
+
 def test_a_complete_one_is_said_and_left(place, plain, capsys):
     before = {path: os.stat(path).st_mtime_ns for path in plain.rglob("*")}
     tokenize(place, plain)
@@ -204,7 +214,7 @@ def test_mistakes_of_tokenize(place, plain, strong, tmp_path, capsys, monkeypatc
         (["tokenize", "--data", plain, "--tokenizer", place.tokenizer, "--out", new], "pictures are needed here"),
         (["tokenize", "--data", place.data, "--tokenizer", "random", "--out", new], "--tokenizer random"),
         (["tokenize", "--data", tmp_path / "no", "--tokenizer", place.tokenizer, "--out", new], "no such data folder"),
-        (["tokenize", "--data", place.data, "--tokenizer", place.data, "--out", new], "--tokenizer"),
+        (["tokenize", "--data", place.data, "--tokenizer", place.data, "--out", new], "neither a tokenizer's run"),
     ]
     for argv, says in cases:
         assert says in mistake(capsys, *argv)
@@ -327,6 +337,21 @@ def test_views_equal_live_training_in_their_epochs(place, strong, trained):
     assert live[8:] != cached[8:]  # then the first view comes again, and live training draws a fourth
 
 
+def test_a_cache_of_another_precision_is_told_and_used(plain, trained, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(plain, other)
+    facts = json.loads((other / "tokens.json").read_text())
+    facts["settings"]["dtype"] = "bf16"
+    facts["fingerprint"] = token_cache.fingerprint(facts["settings"])
+    (other / "tokens.json").write_text(json.dumps(facts))
+    for data, warnings in ((plain, 0), (other, 1)):
+        trained(f"of {data.name}", data, "duration={steps: 1}")
+        said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+        assert len(said) == warnings
+    for part in (str(other), "made in bf16", "is in float32", "`mage-ds tokenize --precision float32 ...`"):
+        assert part in said[0]
+
+
 def test_a_step_from_a_cache_is_charged_no_encoder(place):
     recipe = recipes.load_recipe(place.recipe)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -345,7 +370,19 @@ def test_bench(place, tmp_path, capsys, monkeypatch):
     assert cached > live > 0 and ratio == pytest.approx(cached / live, rel=0.02)
     assert not list(tmp_path.iterdir())
     assert "--dir" in mistake(capsys, *line, "--dir", tmp_path / "nowhere")
+    many = mistake(capsys, *line[:-1], 10**14, "--dir", tmp_path)
+    assert "--samples 100000000000000: their tokens need 3,200,000,000 MB" in many and "MB left" in many
     assert "trains a tokenizer" in mistake(capsys, "bench", "tokens", "digits_tokenizer", "--data", place.data)
+
+
+def test_bench_writes_block_by_block(place, tmp_path, monkeypatch):
+    recipe = recipes.load_recipe(place.recipe)
+    for rows in (7, 1000):
+        monkeypatch.setattr(bench_tokens, "_BLOCK", 16 * rows)
+        bench_tokens._write(tmp_path / f"{rows}.npy", 50, recipe)
+    tokens = [np.load(tmp_path / f"{rows}.npy", mmap_mode="r") for rows in (7, 1000)]
+    assert all((t.shape, t.dtype) == ((50, 1, 16), np.uint16) and t.max() < 32 for t in tokens)
+    assert len(np.unique(tokens[0][:, 0], axis=0)) == 50
 
 
 # --- several processes
