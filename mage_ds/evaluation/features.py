@@ -1,6 +1,6 @@
 """Inception's features of pictures, as torch-fidelity computes them (FID and KID from the 2048, IS from the logits)."""
 
-import pickle
+import io
 from pathlib import Path
 
 import torch
@@ -19,32 +19,38 @@ def load_inception(path):
     without their bias. Use float32: bf16 moves an FID by a quarter of a percent.
     Raises: UserError where `path` is no such file; a pickle that holds anything but tensors is not run.
     """
-    path = Path(path)
-    _check(path)
+    path, checked = Path(path), io.BytesIO()
+    # torch-fidelity reads with weights_only=False, so it gets a copy of what was checked and never sees the file.
+    torch.save(_read(path), checked)
+    checked.seek(0)
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
         return FeatureExtractorInceptionV3(
-            "inception-v3-compat", [str(WIDTH), "logits_unbiased"], feature_extractor_weights_path=str(path)
+            "inception-v3-compat", [str(WIDTH), "logits_unbiased"], feature_extractor_weights_path=checked
         )
     except RuntimeError as error:  # names or shapes that differ, one to a line
-        raise _wrong(path, " ".join(str(error).split("\n\t", 2)[1:2]) or "its tensors do not fit") from None
+        text = " ".join(str(error).split("\n\t", 2)[1:2])[:400] or "its tensors do not fit"
+        raise _wrong(path, "".join(c if c.isprintable() else "?" for c in text)) from None
 
 
-def _check(path: Path) -> None:
-    """Reads the file as tensors only: torch-fidelity's own reading would run whatever a pickle says."""
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """The file as tensors only, nothing in it is run."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _wrong(path, error.strerror or "cannot be read") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # torch's unpickler meets made-up input with whatever Python raises
         raise _wrong(path, f"does not open as a file of tensors ({type(error).__name__})") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
         raise _wrong(path, "is no flat dict of tensors")
     last = weights.get("fc.weight")
     if len(weights) != _KEYS or last is None or tuple(last.shape) != _LAST:
         shape = "no fc.weight" if last is None else f"fc.weight of {tuple(last.shape)}"
         raise _wrong(path, f"holds {len(weights)} tensors and {shape}, not {_KEYS} and one of {_LAST}")
+    return {name: value.detach() for name, value in weights.items()}
 
 
 def _wrong(path: Path, reason: str) -> UserError:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mage_ds.errors import UserError
 from mage_ds.interop import safe
-from mage_ds.interop.parts import Parts, brief, check, expected
+from mage_ds.interop.parts import Parts, brief, check, check_size, expected
 from mage_ds.recipes.schema import Sampling
 
 FORMAT = 1
@@ -24,6 +24,7 @@ _WORDS = {"float32": "F32", "bf16": "BF16"}
 _EXACT = "quantize."  # nearest codes are found in float32: a codebook in bf16 would be another codebook
 # A tokenizer's folder says "vqgan", as those in run folders do.
 _KIND_OUT = {"mage": "mage", "classifier": "classifier", "tokenizer": "vqgan"}
+_STRINGS = ("description", "licence", "data", "tokenizer")  # among the facts
 _TITLE = {"mage": "MAGE", "classifier": "MAGE encoder, fine-tuned as a classifier", "tokenizer": "VQGAN tokenizer"}
 _KIND_IN = {word: kind for kind, word in _KIND_OUT.items()}
 
@@ -122,7 +123,7 @@ def write_card(folder: Path, parts: Parts, files: str, use: str) -> None:
     count = sum(value.numel() for value in parts.weights.values())
     header = {"license": facts.get("licence", "unknown"), "library_name": "mage_ds", "tags": ["mage"]}
     lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
-    lines += [f"# {facts.get('description') or _TITLE[parts.kind]}", ""]
+    lines += [f"# {_plain(facts.get('description') or _TITLE[parts.kind])}", ""]
     side = parts.image_size
     lines += [f"{_TITLE[parts.kind]}: {count:,} parameters, for pictures of {side} x {side} pixels."]
     lines += ["", "```python", "import mage_ds", "", use, "```", "", f"Files: {files}.", "", "| | |", "|---|---|"]
@@ -130,7 +131,8 @@ def write_card(folder: Path, parts: Parts, files: str, use: str) -> None:
     rows |= {"tokenizer (hash)": facts.get("tokenizer"), **facts.get("figures", {})}
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items() if value is not None]
     if parts.unused:
-        lines += ["", f"Carried along, without use here: {', '.join(f'`{name}`' for name in sorted(parts.unused))}."]
+        names = ", ".join(f"`{_plain(name)}`" for name in sorted(parts.unused))
+        lines += ["", f"Carried along, without use here: {names}."]
     if "recipe" in facts:
         recipe = yaml.safe_dump(facts["recipe"], sort_keys=False, default_flow_style=None, width=110).rstrip()
         lines += ["", "## Recipe", "", "```yaml", recipe, "```"]
@@ -138,8 +140,12 @@ def write_card(folder: Path, parts: Parts, files: str, use: str) -> None:
 
 
 def _cell(value) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _plain(f"{value:.6g}" if isinstance(value, float) else value).replace("|", "\\|")
+
+
+def _plain(value) -> str:
+    """On one line of the card."""
+    return safe.printable(" ".join(str(value).split()))
 
 
 # --- in ------------------------------------------------------------------------------------------------------
@@ -164,35 +170,41 @@ def read(folder: Path) -> Parts:
     else:
         tokenizer = None
     beside = folder / "unused.safetensors"
-    return Parts(
+    parts = Parts(
         kind,
         model,
         weights,
         config["image_size"],
-        origin=config.get("origin") or f"export {folder.resolve().name}",
+        origin=safe.printable(config.get("origin", "")) or f"export {folder.resolve().name}",
         tokenizer=tokenizer,
         sampling=config.get("sampling", {}),
         unused=safe.mapped_tensors(beside) if beside.is_file() else {},
         foreign=config.get("foreign") is True,
         facts=config.get("facts", {}),
     )
+    if kind != "tokenizer":
+        check_size(parts, folder)
+    return parts
 
 
 def _config(folder: Path) -> dict:
     try:
         config = json.loads((folder / "config.json").read_text())
         if config.get("format", FORMAT) != FORMAT:
-            raise UserError(f"{folder}: format {config['format']}, this version reads {FORMAT}")
-        wrong = [key for key in ("model", "facts") if not isinstance(config.get(key, {}), dict)]
-        wrong += [] if isinstance(config.get("facts", {}).get("figures", {}), dict) else ["facts.figures"]
-        if "sampling" in config:
-            Sampling.model_validate(config["sampling"])
-        if wrong or config["kind"] not in _KIND_IN or type(config["image_size"]) is not int or config["image_size"] < 1:
-            raise ValueError(f"config.json: {', '.join(wrong) or 'kind, image_size or model'} is not as exported")
+            raise UserError(f"{folder}: format {safe.printable(config['format'])[:40]}, this version reads {FORMAT}")
+        facts, size = config.get("facts", {}), config.get("image_size")
+        fits = {"kind": config.get("kind") in _KIND_IN, "model": isinstance(config.get("model"), dict)}
+        fits |= {"image_size": type(size) is int and size >= 1, "origin": isinstance(config.get("origin", ""), str)}
+        fits |= {f"facts.{key}": isinstance(facts.get(key, ""), str) for key in _STRINGS}
+        fits["facts.figures"] = isinstance(facts.get("figures", {}), dict)
+        wrong = [key for key, fit in fits.items() if not fit]
+        if wrong:
+            raise ValueError(f"config.json: {', '.join(wrong)} missing or not as exported")
+        if config["kind"] == "mage" or "sampling" in config:
+            Sampling.model_validate(config.get("sampling"))
         return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        text = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{folder}: damaged export ({text}); copy it again") from None
+        raise UserError(f"{folder}: damaged export ({safe.first_line(error)}); copy it again") from None
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -202,8 +214,10 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     try:
         where = json.loads(index.read_text())["weight_map"]
         names = sorted({Path(name).name for name in where.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: damaged ({error}); copy it again") from None
+        if not all(name.isprintable() for name in names):
+            raise ValueError("a shard's name is not printable")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: damaged ({safe.first_line(error)}); copy it again") from None
     weights = {}
     for name in names:
         weights |= safe.mapped_tensors(folder / name)

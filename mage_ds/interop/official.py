@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mage_ds.errors import UserError
 from mage_ds.interop import safe
-from mage_ds.interop.parts import Parts, brief, check, expected
+from mage_ds.interop.parts import PATCH, Parts, brief, check, check_size, expected
 
 _CODES, _WORDS, _CLASS, _MASK = 1024, 2025, 1100, 2024
-_HEAD_WIDTH, _DECODER_HEADS, _GRID, _PATCH = 64, 16, 16, 16
+_HEAD_WIDTH, _DECODER_HEADS, _GRID = 64, 16, 16
 _SAMPLING = {"steps": 20, "temperature": 6.0}
 _TOKENIZER = "vqgan."
 # Inside modules that the model has, but of no effect: the only such one.
@@ -111,12 +111,12 @@ def _finished(kind: str, model: dict, body: dict, tokenizer: Parts | None, setti
     side = math.isqrt(model["tokens"])
     if side * side != model["tokens"]:
         raise UserError(f"{path}: {model['tokens']} tokens are no square of positions")
-    factor = 2 ** (len(tokenizer.model["multipliers"]) - 1) if tokenizer else _PATCH
+    factor = 2 ** (len(tokenizer.model["multipliers"]) - 1) if tokenizer else PATCH
     size = _setting(settings, "image_size", side * factor, path)
     if tokenizer:
         unused |= tokenizer.unused
         tokenizer = replace(tokenizer, unused={}, image_size=size)
-    return Parts(
+    parts = Parts(
         kind,
         model,
         weights,
@@ -127,6 +127,8 @@ def _finished(kind: str, model: dict, body: dict, tokenizer: Parts | None, setti
         unused=unused,
         foreign=True,
     )
+    check_size(parts, path)
+    return parts
 
 
 def _tokenizer(values: dict, settings: Mapping, path: Path, prefix: str, beside: dict | None = None) -> Parts:
@@ -161,6 +163,9 @@ def _fit(kind: str, model: dict, table: dict, path: Path, prefix: str = "") -> t
     surplus = [name for name in rest if name.partition(".")[0] in modules and name not in _IDLE]
     in_file = {prefix + name: value for name, value in table.items()}
     check(in_file, {prefix + name: shape for name, shape in shapes.items()}, [prefix + name for name in surplus], path)
+    double = [name for name in shapes if table[name].dtype == torch.float64]
+    if double:  # models here are float32: the values would change without a word
+        raise UserError(f"{path}: {prefix}{double[0]} is float64; have the file saved as float32")
     return {name: table[name] for name in shapes}, rest
 
 
@@ -181,7 +186,7 @@ def _count(table: dict, name: str) -> int:
 def _setting(settings: Mapping, name: str, default: int, path: Path) -> int:
     value = settings.get(name, default)
     if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"{path}: mage_ds.{name} = {str(value)[:40]}: must be a whole number")
+        raise UserError(f"{path}: mage_ds.{name} = {safe.printable(value)[:40]}: must be a whole number")
     return value
 
 
@@ -199,22 +204,31 @@ def _say_unused(unused: dict) -> str:
 def table(parts: Parts) -> dict[str, Tensor]:
     """The tensors of `parts` by the authors' names: what `model` (of a tokenizer: `state_dict`) holds in their files.
 
-    A vocabulary of 1024 codes and two words becomes theirs of 2025, and what their code wants to find though it does
-    nothing with it (a file from them brought its own) is zeros.
+    Weights become float32, whatever they were stored in; `unused` stays as it came. A vocabulary of 1024 codes and two
+    words becomes theirs of 2025, and what their code wants to find though it does nothing with it (a file from them
+    brought its own) is zeros.
     """
+    values = _float32(parts.weights)
     if parts.kind == "tokenizer":
-        return parts.weights | parts.unused
-    values = dict(parts.weights)
+        return values | parts.unused
     if parts.kind == "mage" and not parts.foreign:
         if parts.model["codes"] == _CODES and parts.model["vocabulary"] != _WORDS:
             _widen(values)
         values = _idle(values, parts.model) | values
-    values |= {_TOKENIZER + name: value for name, value in parts.tokenizer.weights.items()} if parts.tokenizer else {}
+    if parts.tokenizer:
+        values |= {_TOKENIZER + name: value for name, value in _float32(parts.tokenizer.weights).items()}
     return values | parts.unused
 
 
+def _float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() for name, value in weights.items()}
+
+
 def write(path: Path, parts: Parts, advance: Callable[[int], object]) -> None:
-    """Writes `parts` as a file of the authors' layout; advance(bytes) is called on the way. Needs no copy in memory."""
+    """Writes `parts` as a file of the authors' layout; advance(bytes) is called on the way.
+
+    Needs no copy in memory of weights that are float32. Raises OSError where the file cannot be written.
+    """
     model = parts.model
     settings = {"image_size": parts.image_size}
     if parts.kind != "tokenizer":
@@ -224,8 +238,13 @@ def write(path: Path, parts: Parts, advance: Callable[[int], object]) -> None:
     elif parts.kind == "classifier":
         settings["class_id"] = model["class_id"]
     key = "state_dict" if parts.kind == "tokenizer" else "model"
+    content = {key: table(parts), "mage_ds": settings}
     with open(path, "wb") as file:
-        torch.save({key: table(parts), "mage_ds": settings}, _Counted(file, advance))
+        try:
+            torch.save(content, _Counted(file, advance))
+        except RuntimeError as error:  # what torch makes of a full disk: of "No space left", "unexpected pos 64 vs 0"
+            said = error.__context__
+            raise said if isinstance(said, OSError) else OSError(safe.first_line(error)) from None
 
 
 class _Counted:
@@ -256,10 +275,10 @@ def _idle(values: dict, model: dict) -> dict[str, Tensor]:
         "pos_embed": (1, places, width),
         "mask_token": (1, 1, decoder),
         "decoder_pos_embed": (1, places, decoder),
-        "patch_embed.proj.weight": (width, 3, _PATCH, _PATCH),
+        "patch_embed.proj.weight": (width, 3, PATCH, PATCH),
         "patch_embed.proj.bias": (width,),
-        "decoder_pred.weight": (3 * _PATCH * _PATCH, decoder),
-        "decoder_pred.bias": (3 * _PATCH * _PATCH,),
+        "decoder_pred.weight": (3 * PATCH * PATCH, decoder),
+        "decoder_pred.bias": (3 * PATCH * PATCH,),
     }
     idle = {name: torch.zeros(shape) for name, shape in shapes.items()}
     return idle | {"token_emb.position_ids": torch.arange(places)[None]}

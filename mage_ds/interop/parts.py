@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import torch
 
 from mage_ds.errors import UserError
+from mage_ds.interop.safe import first_line, printable
 from mage_ds.models import Classifier, Mage, Vqgan
 
 MODELS = {"mage": Mage, "tokenizer": Vqgan, "classifier": Classifier}
+PATCH = 16  # pixels of a token, where no tokenizer came along to tell
 _SHOWN = 4
 
 
@@ -38,8 +40,9 @@ def expected(kind: str, model: dict, where) -> dict[str, torch.Size]:
         with torch.device("meta"):
             return {name: value.shape for name, value in MODELS[kind](**model).state_dict().items()}
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
-        text = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{where}: its sizes do not build a {kind} ({text}); take the file from its source") from None
+        raise UserError(
+            f"{where}: its sizes do not build a {kind} ({first_line(error)}); take the file from its source"
+        ) from None
 
 
 def check(weights: dict, shapes: dict[str, torch.Size], surplus: Iterable[str], where) -> None:
@@ -57,9 +60,20 @@ def check(weights: dict, shapes: dict[str, torch.Size], surplus: Iterable[str], 
         raise UserError(f"{where}: does not fit: {'; '.join(found)}; is it the file of another model?")
 
 
+def check_size(parts: Parts, where) -> None:
+    """Raises UserError where pictures of `image_size` do not make as many tokens as the model takes."""
+    factor = 2 ** (len(parts.tokenizer.model["multipliers"]) - 1) if parts.tokenizer else PATCH
+    side, rest = divmod(parts.image_size, factor)
+    if rest or side * side != parts.model["tokens"]:
+        raise UserError(
+            f"{where}: damaged: pictures of {parts.image_size} px are not {parts.model['tokens']} tokens of "
+            f"{factor} px; copy it again"
+        )
+
+
 def brief(names: Iterable[str]) -> str:
     """The first few of some names, for a line."""
-    names = [name[:120] for name in names]
+    names = [printable(name[:120]) for name in names]
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 

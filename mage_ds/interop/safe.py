@@ -58,10 +58,10 @@ def tensors(found: Mapping, path: Path) -> dict[str, torch.Tensor]:
     room = 2 * path.stat().st_size  # tied weights are there twice
     for name, value in found.items():
         if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
-            raise UserError(f"{path}: {str(name)[:80]} is a {type(value).__name__}, not a tensor; {_REMEDY}")
+            raise UserError(f"{path}: {printable(name)[:80]} is a {type(value).__name__}, not a tensor; {_REMEDY}")
         plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not plain or value.nbytes > value.untyped_storage().nbytes() or value.nbytes > room:
-            raise UserError(f"{path}: {name[:80]} {tuple(value.shape)} is no ordinary tensor; {_REMEDY}")
+            raise UserError(f"{path}: {printable(name)[:80]} {tuple(value.shape)} is no ordinary tensor; {_REMEDY}")
         room -= value.nbytes
     return {name: value.detach() for name, value in found.items()}
 
@@ -72,7 +72,7 @@ def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path}: damaged safetensors file ({_first_line(error)}); copy it again") from None
+        raise UserError(f"{path}: damaged safetensors file ({first_line(error)}); copy it again") from None
 
 
 def _kind(head: bytes) -> str:
@@ -97,7 +97,7 @@ def _examine(path: Path) -> None:
                 raise UserError(f"{path}: is a zip archive, but not one of torch.save; {_REMEDY}")
             _examine_names(path, archive.read(pickles[0]))
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: damaged or cut off ({_first_line(error)}); copy or download it again") from None
+        raise UserError(f"{path}: damaged or cut off ({first_line(error)}); copy or download it again") from None
 
 
 def _examine_names(path: Path, program: bytes) -> None:
@@ -106,7 +106,7 @@ def _examine_names(path: Path, program: bytes) -> None:
         if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):  # torch.save never writes these
             raise UserError(f"{path}: its pickle has the operation {operation.name}; {_REMEDY}")
         if operation.name == "GLOBAL" and not _KNOWN.fullmatch(argument):
-            name = argument.replace(" ", ".")[:80]
+            name = printable(argument.replace(" ", "."))[:80]
             raise UserError(f"{path}: asks for {name}, which is not allowed in a file of a model; {_REMEDY}")
 
 
@@ -120,7 +120,7 @@ def _load(path: Path, mapped: bool) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # torch's unpickler meets made-up input with whatever Python raises
-        raise UserError(f"{path}: damaged, or no file of torch.save ({_first_line(error)}); {_REMEDY}") from None
+        raise UserError(f"{path}: damaged, or no file of torch.save ({first_line(error)}); {_REMEDY}") from None
     if not isinstance(found, Mapping):
         raise UserError(f"{path}: holds a {type(found).__name__}, not a model's tensors by name; {_REMEDY}")
     return dict(found)
@@ -138,7 +138,11 @@ def _examine_legacy(path: Path, whole: mmap.mmap) -> None:
         whole.seek(end)
 
 
-def _first_line(error: BaseException) -> str:
+def printable(text) -> str:
+    """`text` as it may be shown: names in a stranger's file may hold line breaks and commands to the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def first_line(error: BaseException) -> str:
     """What an error says, short and printable: it may quote the file."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    return "".join(c if c.isprintable() else "?" for c in text)[:160]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])[:160]

@@ -37,6 +37,8 @@ def export(
         raise UserError(
             f"--dtype {dtype}: files of the authors' layout are float32; leave it out, or take --layout ours"
         )
+    if licence is not None and not licence.isprintable():
+        raise UserError(f"--licence {licence!r}: must be one line of printable characters")
     _refuse_existing(out)
     if (source / "recipe.yaml").is_file():
         folder = retention.find(source, checkpoint)
@@ -96,7 +98,7 @@ def _write(parts: Parts, out: Path, dtype: str, layout: str) -> None:
             )
         _refuse_existing(out)
         os.rename(aside, out)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error}); make room, or choose another folder") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -51,6 +51,7 @@ BAD = {
     "empty": (b"", "does not open"),
     "a list": ([torch.zeros(1)], "no flat dict"),
     "nested": ({"state_dict": {"fc.weight": torch.zeros(1)}}, "no flat dict"),
+    "names that are none": ({1: torch.zeros(1)}, "no flat dict"),
     "another model": ({"fc.weight": torch.zeros(1000, 2048)}, "holds 1 tensors and fc.weight of (1000, 2048)"),
 }
 
@@ -72,6 +73,23 @@ def test_a_key_that_differs_is_named(weights, tmp_path):
     refused(tmp_path / "file.pth", "Mixed_5b.branch1x1.conv.weight")
 
 
+def test_names_are_shown_printable(weights, tmp_path):
+    torch.save(without(weights, "fc.bias") | {"x\ny\x1b[2J": torch.zeros(1)}, tmp_path / "file.pth")
+    refused(tmp_path / "file.pth", "fc.bias")
+
+
+def test_the_file_itself_is_never_unpickled(file, weights, monkeypatch):
+    load, seen = torch.load, []
+
+    def watched(source, *args, **kwargs):
+        seen.append((source == file, kwargs["weights_only"]))
+        return load(source, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", watched)
+    features.load_inception(file)
+    assert seen == [(True, True), (False, False)]
+
+
 def test_a_truncated_file(weights, file, tmp_path):
     (tmp_path / "file.pth").write_bytes(file.read_bytes()[:100_000])
     refused(tmp_path / "file.pth", "does not open")
@@ -89,4 +107,4 @@ def refused(path, said):
     with pytest.raises(UserError) as caught:
         features.load_inception(path)
     message = str(caught.value)
-    assert said in message and features.FILE in message and "\n" not in message
+    assert said in message and features.FILE in message and message.isprintable()

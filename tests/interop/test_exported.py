@@ -80,6 +80,17 @@ def test_bf16(tmp_path, parts):
     assert {name for name, value in alone.items() if value.dtype == torch.float32} == {"quantize.embedding.weight"}
 
 
+def test_bf16_to_the_authors_layout(tmp_path, parts):
+    back = exported.read(write(tmp_path / "out", parts, "bf16"))
+    back.unused["projector.half"] = torch.ones(2, dtype=torch.float16)
+    official.write(tmp_path / "b.pth", back, lambda _: None)
+    found = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
+    equal({name: found[name] for name in parts.weights}, {n: v.bfloat16().float() for n, v in parts.weights.items()})
+    assert found["projector.half"].dtype == torch.float16
+    alone = exported.read(write(tmp_path / "tokenizer", parts.tokenizer, "bf16"))
+    assert all(value.dtype == torch.float32 for value in official.table(alone).values())
+
+
 def test_shards(tmp_path, parts, monkeypatch):
     monkeypatch.setattr(exported, "SHARD_BYTES", 300_000)
     folder = write(tmp_path / "out", parts)
@@ -101,9 +112,11 @@ def test_shards(tmp_path, parts, monkeypatch):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="are in no shard"):
         exported.read(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UserError, match=r"index.json: damaged"):
-        exported.read(folder)
+    for text in ("[]", "[" * 200_000, '{"weight_map": {"a": "b\\u001b\\n"}}'):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match=r"index.json: damaged") as error:
+            exported.read(folder)
+        assert str(error.value).isprintable()
 
 
 def change(**changes):
@@ -117,6 +130,17 @@ def change(**changes):
         (change(kind="llama"), "damaged export"),
         (change(model=[]), "damaged export"),
         (change(model={}), "do not build a mage"),
+        (lambda c: c.pop("model"), "model missing or not as exported"),
+        (lambda c: c.pop("kind"), "kind missing or not as exported"),
+        (lambda c: c.pop("sampling"), "damaged export"),
+        (change(kind="mage\x1b[2J\n"), "damaged export"),
+        (change(format="\x1b[2J\n"), "format ?[2J?, this"),
+        (change(origin=["a"]), "origin missing or not as exported"),
+        (change(facts={"description": 1}), "facts.description missing or not as exported"),
+        (change(facts=[]), "damaged export"),
+        (change(image_size=18), "pictures of 18 px are not 16 tokens of 4 px"),
+        (change(image_size=32), "pictures of 32 px are not 16 tokens of 4 px"),
+        (lambda c: c["model"].update({"a\x1b\nb": 1}), "do not build a mage"),
         (change(image_size="16"), "damaged export"),
         (change(sampling={"steps": "20", "temperature": 1.0}), "damaged export"),
         (change(facts={"figures": [1]}), "damaged export"),
@@ -136,7 +160,13 @@ def test_damaged_configs(tmp_path, parts, spoil, said):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
         exported.read(folder)
-    assert said in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value) and str(folder) in str(error.value) and str(error.value).isprintable()
+
+
+def test_size_without_a_tokenizer(tmp_path, parts):
+    folder = write(tmp_path / "out", replace(parts, tokenizer=None))  # 4 pixels a token: nothing says so any more
+    with pytest.raises(UserError, match="pictures of 16 px are not 16 tokens of 16 px"):
+        exported.read(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", (2**50).to_bytes(8, "little") + b"{}"])
@@ -160,5 +190,10 @@ def test_card(tmp_path, parts):
     for line in ("# A model", "| val_loss | 5.25 |", "| data (fingerprint) | abc |", "task: pretrain", "model = 1"):
         assert line in text.splitlines()
     assert all(f"`{name}`" in text for name in parts.unused)
+    names = {"a\n# Title\x1b[2J": torch.ones(1)}
+    facts = {"description": "one\n# two\x1b", "figures": {"a\x1b\n": 1}}
+    exported.write_card(tmp_path, replace(parts, unused=names, facts=facts, origin="x\n\x1b"), "`a`", "model = 1")
+    text = (tmp_path / "README.md").read_text()
+    assert "\x1b" not in text and [line for line in text.splitlines() if line[:1] == "#"] == ["# one # two?"]
     exported.write_card(tmp_path, parts, "`a`", "model = 1")
     assert yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])["license"] == "unknown"

@@ -244,12 +244,69 @@ def test_other_peoples_models(tmp_path):
             stored.open_model(tmp_path / "b.pth")
 
 
+def test_float64_is_refused_and_float16_keeps_its_values(tmp_path):
+    line = spoilt(tmp_path, lambda v: v.update({name: v[name].double() for name in ("norm.weight", "norm.bias")}))
+    assert line == "norm.weight is float64; have the file saved as float32"
+    line = spoilt(tmp_path, lambda v: v.update({"vqgan.encoder.conv_in.weight": torch.ones(32, 3, 3, 3).double()}))
+    assert line.startswith("vqgan.encoder.conv_in.weight is float64")
+    values = plain.pretrain_values(**plain.TINY) | {"projector.scale": torch.ones(2).double()}
+    values |= {name: value.half() for name, value in values.items() if name.startswith("blocks.")}
+    plain.make_file(tmp_path / "a.pth", values)
+    official.write(tmp_path / "b.pth", official.read(tmp_path / "a.pth"), lambda _: None)
+    found = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
+    assert found["projector.scale"].dtype == torch.float64
+    assert all(torch.equal(found[name].to(value.dtype), value) for name, value in values.items())
+    assert all(value.dtype == torch.float32 for name, value in found.items() if name.startswith("blocks."))
+
+
+def test_names_in_a_file_are_shown_printable(tmp_path):
+    line = spoilt(tmp_path, lambda v: v.update({"blocks.0.x\nmage-ds: done\x1b[2J": torch.ones(1)}))
+    assert "1 unexpected: blocks.0.x?mage-ds: done?[2J" in line
+    values = plain.pretrain_values(**plain.TINY) | {"a\n\x1b": torch.ones(1)}
+    plain.make_file(tmp_path / "a.pth", values)
+    assert official.read(tmp_path / "a.pth").origin.isprintable()
+    for file in ({"a\n\x1b": 1}, {"model": {"a\n\x1b": 1}}, {"model": {"a\n\x1b": torch.ones(1)}}):
+        torch.save(file, tmp_path / "b.pth")
+        with pytest.raises(UserError, match=r"a\?\?") as error:
+            official.read(tmp_path / "b.pth")
+        assert str(error.value).isprintable()
+
+
+def test_only_torchs_own_runtime_error_is_one_of_writing(tmp_path, monkeypatch):
+    plain.make_file(tmp_path / "a.pth")
+    parts = official.read(tmp_path / "a.pth")
+
+    def fail(*_):
+        raise RuntimeError("unexpected pos 64\nbacktrace")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"unexpected pos 64$"):
+        patched.setattr(torch, "save", fail)
+        official.write(tmp_path / "b.pth", parts, lambda _: None)
+    monkeypatch.setattr(official, "table", fail)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        official.write(tmp_path / "b.pth", parts, lambda _: None)
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    plain.make_file(tmp_path / "a.pth")
+    with pytest.raises(OSError, match="No space left"):
+        official.write("/dev/full", official.read(tmp_path / "a.pth"), lambda _: None)
+
+
 def test_settings_of_our_own_are_checked(tmp_path):
     values = plain.pretrain_values(**plain.TINY)
-    for settings in ({"encoder_heads": 0}, {"decoder_heads": "16"}, {"codes": 10**12}, {"encoder_heads": 7}):
+    for settings in (
+        {"image_size": 18},
+        {"codes": "\x1b\n"},
+        {"encoder_heads": 0},
+        {"decoder_heads": "16"},
+        {"codes": 10**12},
+        {"encoder_heads": 7},
+    ):
         torch.save({"model": values, "mage_ds": settings}, tmp_path / "a.pth")
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as error:
             official.read(tmp_path / "a.pth")
+        assert str(error.value).isprintable()
 
 
 def test_vocabulary_of_our_own_moves_to_the_authors_places():

@@ -166,6 +166,7 @@ BAD = {
     "a step of an export": (["export", "done", "--checkpoint", "7"], "is no run folder, it has one state only"),
     "existing out": (["export", "run", "--out", "done"], "done: exists already"),
     "bf16 for the authors": (["export", "run", "--dtype", "bf16", "--layout", "official"], "are float32"),
+    "licence of two lines": (["export", "run", "--licence", "mit\n# x\x1b"], "must be one line of printable"),
     "damaged checkpoint": (["export", "damaged"], "damaged checkpoint"),
     "unknown dtype": (["export", "run", "--dtype", "int4"], "argument --dtype"),
     "out in a file": (["export", "run", "--out", "text.pth/out"], "cannot be written"),
@@ -217,6 +218,15 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(task.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(UserError, match=r"0\.00 GB free; choose another disk"):
         task.export(tmp_path / "run", tmp_path / "out")
+    monkeypatch.undo()
+
+    def wrong(*_):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(task.exported, "write", wrong)
+    with pytest.raises(RuntimeError, match="a mistake"):  # not said to be the disk's
+        task.export(tmp_path / "run", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
     monkeypatch.undo()
     (tmp_path / ".out.part").mkdir()  # of an export that was killed
     (tmp_path / ".out.part" / "model.safetensors").write_text("half")
