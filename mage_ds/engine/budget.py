@@ -19,13 +19,15 @@ _FLOAT32 = 4
 class Held(NamedTuple):
     """Bytes of one rank. device, host: by kind (memory.KINDS); where the device is a CPU, both are the same memory.
     update: what the last reduction and the update need at once beside weights, gradients and optimizer. reducing:
-    what one reduction within the backward pass needs beside the buffers, after a share `first` of the pass."""
+    what one reduction within the backward pass needs beside the buffers, after a share `first` of the pass. passing:
+    what gathers in the buffers until the pass ends, when the activations are gone."""
 
     device: dict[str, float]
     host: dict[str, float]
     update: float
     reducing: float = 0.0
     first: float = 1.0
+    passing: float = 0.0
 
     def on_cpu(self) -> "Held":
         """All in the memory of the host, which is the device."""
@@ -73,7 +75,9 @@ def _reduced_in_buckets(sizes: list[int], zero: dict, width: int, world: int, aw
     copied = _FLOAT32 * shard if width == _FLOAT32 else 0  # for the update
     if stage == 2:
         device["gradients"] = part
-        return Held(device, host, max(0.0, copied - part), reducing, together / count)
+        # In float32 a micro-batch's share is joined to that of those before it when the pass ends.
+        passing = part if width == _FLOAT32 else 0.0
+        return Held(device, host, max(0.0, copied - part), reducing, together / count, passing)
     device["gradients"] = _FLOAT32 * count
     return Held(device, host, part + bucket)
 
@@ -122,7 +126,7 @@ def kinds(held: Held, activations, tokenizer, micro: int) -> dict[str, float]:
     """
     weights, forward = tokenizer
     more = {"activations": activations.kept(micro) + activations.working(micro), "tokenizer": weights + forward(micro)}
-    return {**held.device, **more}
+    return {**held.device, "buffers": held.device["buffers"] + held.passing, **more}
 
 
 def peak(held: Held, activations, tokenizer, micro: int) -> float:
@@ -131,7 +135,7 @@ def peak(held: Held, activations, tokenizer, micro: int) -> float:
     lasting = sum(held.device[kind] for kind in ("weights", "gradients", "optimizer")) + weights
     active = activations.kept(micro) + activations.working(micro)
     reducing = held.reducing + (1 - held.first) * active
-    backward = held.device["buffers"] + max(active, reducing)
+    backward = held.device["buffers"] + max(active, reducing, held.reducing + held.passing)
     return lasting + max(backward, held.device["buffers"] + forward(micro), held.update)
 
 

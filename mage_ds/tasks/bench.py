@@ -46,7 +46,8 @@ def scale(name: str, overrides: list[str], *, stages: list[str], checkpointing: 
         for which in checkpointing:
             machine = recipe.machine.model_copy(update={"activation_checkpointing": which})
             measured = _largest(_measure(recipe.model_copy(update={"machine": machine}), config, dtype))
-            planned = {**held.device, "activations": activations[which].kept(micro)}
+            planned = budget.kinds(held, activations[which], _NONE, micro)
+            planned["activations"] = activations[which].kept(micro)  # without what the backward pass takes beside them
             planned["peak"] = budget.peak(held, activations[which], _NONE, micro)
             cells = [f"{measured[column] / _MIB:,.1f} / {planned[column] / _MIB:,.1f}" for column in _COLUMNS]
             rate = batch / measured["seconds"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mage_ds.engine import budget, ds_config
+from mage_ds.engine import budget, ds_config, planner
 
 SIZES = [600_000, 200_000, 150_000, 50_000]  # a million parameters
 COUNT = sum(SIZES)
@@ -55,6 +55,18 @@ def test_parameters_on_borders_count_in_full():
     """Shares of 250,000: the first parameter lies in three of them, and shares the third with the second."""
     assert budget._straddled(SIZES, 4) == 600_000 + 200_000
     assert budget._straddled(SIZES, 1) == COUNT
+
+
+def test_shares_are_joined_when_a_pass_ends():
+    """In float32 at stage 2: a second copy of the gradients' share, by when the activations are gone."""
+    joined, plain = held("zero2", "float32"), held("zero2", "bf16")
+    share = 4 * budget._straddled(SIZES, 4)
+    assert (joined.passing, plain.passing) == (share, 0)
+    none = planner.Activations(planner.Line(0, 0), planner.Line(0, 0))
+    kinds = budget.kinds(joined, none, (0, planner.Line(0, 0)), 1)
+    assert kinds["buffers"] == joined.device["buffers"] + share
+    lasting = sum(joined.device.values()) + joined.reducing
+    assert budget.peak(joined, none, (0, planner.Line(0, 0)), 1) == lasting + share
 
 
 def test_offload_moves_to_the_host():
