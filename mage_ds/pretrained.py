@@ -42,7 +42,7 @@ def from_pretrained(path, tokenizer=None, *, device=None, dtype=None, step: int 
     Args: path: a run folder, an export, or a file of the authors' layouts (pre-trained, fine-tuned, tokenizer alone);
     tokenizer: another tokenizer than the one that belongs to it, or one where it has none; device: by default the GPU
     where there is one; dtype: of the networks, a torch.dtype or its name, by default float32 (the nearest code is
-    always found in float32 or better, results are float32 or float64); step: a run's checkpoint, by default the newest.
+    always found in float64, results are float32 or float64); step: a run's checkpoint, by default the newest.
     Raises: UserError, one line, for what cannot be opened, and for a device or dtype that is not there.
 
         model = mage_ds.from_pretrained("RUN", device="cuda", dtype="bfloat16")

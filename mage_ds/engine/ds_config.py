@@ -124,6 +124,13 @@ def choose_precision(asked: str, device) -> str:
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
+def dtype_of(precision: str):
+    """The torch.dtype of `bf16` or `float32`."""
+    import torch
+
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def share(recipe: Recipe, world: int, largest: int) -> Share:
     """Split the recipe's batch over `world` ranks; `auto`: the largest micro batch that divides, at most `largest`.
 

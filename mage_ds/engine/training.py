@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return ds_config.dtype_of(self.precision)
 
     @property
     def done(self) -> bool:

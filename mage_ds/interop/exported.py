@@ -21,7 +21,7 @@ FORMAT = 1
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _WORDS = {"float32": "F32", "bf16": "BF16"}
-_EXACT = "quantize."  # nearest codes are found in float32: a codebook in bf16 would be another codebook
+_EXACT = "quantize."  # the nearest code is found exactly: a codebook in bf16 would be another codebook
 # A tokenizer's folder says "vqgan", as those in run folders do.
 _KIND_OUT = {"mage": "mage", "classifier": "classifier", "tokenizer": "vqgan"}
 _STRINGS = ("description", "licence", "data", "tokenizer")  # among the facts

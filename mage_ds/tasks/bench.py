@@ -33,7 +33,7 @@ def scale(name: str, overrides: list[str], *, stages: list[str], checkpointing: 
     recipe = recipe.model_copy(update={"batch": batch, "machine": machine})
     precision = ds_config.choose_precision(machine.precision, me.device)
     configs = {f"zero{stage}": _config(recipe, f"zero{stage}", precision, me.world) for stage in stages}
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = ds_config.dtype_of(precision)
     sizes = planner.parameters(recipe)
     activations = planner.activations(recipe, dtype, gpu=False)
     process.say(

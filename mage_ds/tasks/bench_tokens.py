@@ -75,7 +75,7 @@ def _live(recipe: PretrainRecipe, data: str, precision: str, images: int, order:
     catalog = open_catalog(data, "train")
     vqgan = Vqgan(**recipe.tokenizer.model_dump())
     wrap.initialize_weights(vqgan, recipe.seed)
-    vqgan = training.frozen(vqgan, torch.bfloat16 if precision == "bf16" else torch.float32)
+    vqgan = training.frozen(vqgan, ds_config.dtype_of(precision))
     broken = Quarantine(None, 1.0, catalog.n)
     source = dali.stream(catalog, inputs=recipe.inputs, quarantine=broken, **order)
     rounds = -(-images // order["micro_batch"])

@@ -6,8 +6,6 @@ Nothing is allocated and no process group is joined: sizes are computed, activat
 import shlex
 from typing import NamedTuple
 
-import torch
-
 from mage_ds import recipes
 from mage_ds.engine import budget, ds_config, planner
 from mage_ds.engine.memory import KINDS
@@ -78,7 +76,7 @@ def table(recipe: Recipe, sizes: list[int], precision: str, gpus: int, memory: f
 
     memory: bytes of a GPU. Raises UserError where the recipe's batch does not divide.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = ds_config.dtype_of(precision)
     activations = planner.activations(recipe, dtype, gpu=True)
     tokenizer = planner.tokenizer_bytes(recipe, dtype)
     micros = _micro_batches(recipe, gpus)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mage_ds import recipes
 from mage_ds.engine import ds_config, process, stored, training
@@ -77,7 +76,7 @@ def tokenize(
             for split, catalog in catalogs.items()
         }
         process.on_first(partial(_prepare, out, list(parts.values()), vqgan, info))
-        vqgan = training.frozen(vqgan, torch.bfloat16 if precision == "bf16" else torch.float32)
+        vqgan = training.frozen(vqgan, ds_config.dtype_of(precision))
         broken = Quarantine(out / "quarantine.jsonl", inputs.broken_limit, sum(c.n for c in catalogs.values()))
         for split, catalog in catalogs.items():
             _split(split, catalog, parts[split], _Reading(inputs, seed, batch, broken), vqgan)
