@@ -48,72 +48,7 @@ class MlmLayer(nn.Module):
         return F.linear(x, words, self.bias[0, 0, : words.shape[0]])
 
 
-class Mage(nn.Module):
-    """Encoder and decoder of MAGE. A new one must be given its initial values by `models.initialize`.
-
-    Args: encoder, decoder: depth, width and heads; tokens: N; codes: size of the codebook, ids 0..codes-1;
-    vocabulary: >= codes + 2, with the fake class (`class_id`) and the mask token (`mask_id`, the last);
-    padding: "cls" or "mask", what fills masked and dropped positions of the decoder's input (Table 3).
-    Raises: ValueError for a vocabulary that is too small or an unknown padding.
-    """
-
-    def __init__(
-        self,
-        *,
-        encoder: Mapping[str, int],
-        decoder: Mapping[str, int],
-        tokens: int,
-        codes: int,
-        vocabulary: int,
-        dropout: float,
-        padding: str,
-    ):
-        super().__init__()
-        if vocabulary < codes + 2:
-            raise ValueError(f"vocabulary {vocabulary}: at least codes + 2 = {codes + 2}")
-        if padding not in ("cls", "mask"):
-            raise ValueError(f"padding {padding!r}: cls or mask")
-        self.tokens, self.codes, self.vocabulary, self.padding = tokens, codes, vocabulary, padding
-        self.mask_id = vocabulary - 1
-        self.class_id = _PUBLISHED_CLASS if vocabulary == _PUBLISHED_VOCABULARY else vocabulary - 2
-        width, decoder_width = encoder["width"], decoder["width"]
-
-        self.token_emb = TokenEmbedding(vocabulary=vocabulary, positions=1 + tokens, width=width, dropout=dropout)
-        self.blocks = stack(**encoder, dropout=dropout)
-        self.norm = layer_norm(width)
-
-        self.decoder_embed = nn.Linear(width, decoder_width)
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, 1 + tokens, decoder_width))
-        if padding == "mask":
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.decoder_blocks = stack(**decoder, dropout=dropout)
-        self.decoder_norm = layer_norm(decoder_width)
-        self.mlm_layer = MlmLayer(width_in=decoder_width, width=width, vocabulary=vocabulary)
-
-    def forward(self, tokens: Tensor, masked: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits over the codes at every position.
-
-        Args: tokens int64 (B, N), read where not masked; masked bool (B, N); keep int64 (B, K), tokens that
-        enter the encoder, each at most once, the same K for all samples (None: all of them, as in sampling).
-        Returns: logits (B, N, codes) in the dtype of the module.
-        """
-        ids = F.pad(torch.where(masked, self.mask_id, tokens), (1, 0), value=self.class_id)
-        places = None if keep is None else F.pad(keep + 1, (1, 0))
-        x = self.decoder_embed(self.norm(self._encode(ids, places)))
-        x = self._decoder_input(x, F.pad(masked, (1, 0)), places)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.mlm_layer(self.decoder_norm(x)[:, 1:], self._code_vectors())
-
-    def features(self, tokens: Tensor) -> Tensor:
-        """Representation of whole pictures (paper section 4): tokens int64 (B, N) -> (B, width).
-
-        The mean of the last block's output over the tokens, without the class token and before the final
-        norm, then a LayerNorm without affine.
-        """
-        x = self._encode(F.pad(tokens, (1, 0), value=self.class_id), None)
-        return F.layer_norm(x[:, 1:].mean(dim=1), x.shape[-1:], eps=1e-6)
-
+class _Part(nn.Module):
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Initial value of the parameter `name`, float32 on the CPU (paper section 2).
 
@@ -128,7 +63,54 @@ class Mage(nn.Module):
             return value.normal_(0.0, 0.02, generator=generator)
         return nn.init.xavier_uniform_(value, generator=generator)
 
-    def _encode(self, ids: Tensor, places: Tensor | None) -> Tensor:
+
+class Encoder(_Part):
+    """Tokens -> vectors: one half of a `Mage`, alone where it is frozen.
+
+    Args: encoder: depth, width and heads; tokens: N; codes: size of the codebook, ids 0..codes-1; vocabulary:
+    >= codes + 2, with the fake class (`class_id`) and the mask token (`mask_id`, the last).
+    Raises: ValueError for a vocabulary that is too small.
+    """
+
+    def __init__(self, *, encoder: Mapping[str, int], tokens: int, codes: int, vocabulary: int, dropout: float):
+        super().__init__()
+        self._add_encoder(encoder, tokens, codes, vocabulary, dropout)
+
+    def _add_encoder(self, encoder, tokens: int, codes: int, vocabulary: int, dropout: float) -> None:
+        if vocabulary < codes + 2:
+            raise ValueError(f"vocabulary {vocabulary}: at least codes + 2 = {codes + 2}")
+        self.tokens, self.codes, self.vocabulary, self.width = tokens, codes, vocabulary, encoder["width"]
+        self.mask_id = vocabulary - 1
+        self.class_id = _PUBLISHED_CLASS if vocabulary == _PUBLISHED_VOCABULARY else vocabulary - 2
+        self.token_emb = TokenEmbedding(vocabulary=vocabulary, positions=1 + tokens, width=self.width, dropout=dropout)
+        self.blocks = stack(**encoder, dropout=dropout)
+        self.norm = layer_norm(self.width)
+
+    def forward(self, tokens: Tensor, masked: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Vectors of the class token and of the tokens that enter, after the final norm: (B, 1 + K, width).
+
+        Args: tokens int64 (B, N), read where not masked; masked bool (B, N); keep int64 (B, K), tokens that enter,
+        each at most once, the same K for all samples (None: all of them, as in sampling).
+        """
+        ids = F.pad(torch.where(masked, self.mask_id, tokens), (1, 0), value=self.class_id)
+        return self.norm(self._blocks(ids, None if keep is None else F.pad(keep + 1, (1, 0))))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Representation of whole pictures (paper section 4): tokens int64 (B, N) -> (B, width).
+
+        The mean of the last block's output over the tokens, without the class token and before the final
+        norm, then a LayerNorm without affine.
+        """
+        x = self._blocks(F.pad(tokens, (1, 0), value=self.class_id), None)
+        return F.layer_norm(x[:, 1:].mean(dim=1), x.shape[-1:], eps=1e-6)
+
+    @torch.no_grad()
+    def code_vectors(self) -> Tensor:
+        """Word embeddings of the codes (codes, width), without gradient (as the authors' head)."""
+        words = self.token_emb.word_embeddings
+        return words(torch.arange(self.codes, device=self.norm.weight.device))
+
+    def _blocks(self, ids: Tensor, places: Tensor | None) -> Tensor:
         """ids (B, 1 + N), places to keep (B, 1 + K) -> the last block's output (B, 1 + K, width)."""
         if places is None:
             places = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -139,20 +121,122 @@ class Mage(nn.Module):
             x = block(x)
         return x
 
-    def _decoder_input(self, x: Tensor, masked: Tensor, places: Tensor | None) -> Tensor:
+
+class Decoder(_Part):
+    """Vectors -> logits over the codes: the other half, alone where it is trained on a frozen encoder (section 5).
+
+    Args: width: of the encoder's vectors; decoder: depth, width and heads; tokens: N; vocabulary: as the encoder's;
+    padding: "cls" or "mask", what fills masked and dropped positions of its input (Table 3); classes: of a
+    class-conditional one, whose label is one more token behind the padded ones; None: it takes no label.
+    Raises: ValueError for an unknown padding.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        decoder: Mapping[str, int],
+        tokens: int,
+        vocabulary: int,
+        dropout: float,
+        padding: str,
+        classes: int | None = None,
+    ):
+        super().__init__()
+        self._add_decoder(width, decoder, tokens, vocabulary, dropout, padding, classes)
+
+    def _add_decoder(self, width: int, decoder, tokens: int, vocabulary: int, dropout: float, padding: str, classes):
+        if padding not in ("cls", "mask"):
+            raise ValueError(f"padding {padding!r}: cls or mask")
+        self.padding, self.classes, inside = padding, classes, decoder["width"]
+        self.decoder_embed = nn.Linear(width, inside)
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, 1 + tokens, inside))
+        if padding == "mask":
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, inside))
+        if classes is not None:
+            self.label_embeddings = nn.Embedding(classes + 1, inside)  # the last: no label is given
+        self.decoder_blocks = stack(**decoder, dropout=dropout)
+        self.decoder_norm = layer_norm(inside)
+        self.mlm_layer = MlmLayer(width_in=inside, width=width, vocabulary=vocabulary)
+
+    def forward(
+        self,
+        x: Tensor,
+        masked: Tensor,
+        keep: Tensor | None,
+        words: Tensor,
+        labels: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Logits over the codes at every position: (B, N, codes).
+
+        Args: x (B, 1 + K, width), masked, keep: of the encoder; words (codes, width): its code vectors; labels
+        int64 (B,), negative or None: no label; guidance: a number as a tensor of no dimension: moves the logits
+        away from those without a label, l + guidance (l - l without label), in float32. The decoder then sees each
+        sample twice.
+        """
+        if guidance is not None:
+            twice = (x, masked, keep, labels)
+            x, masked, keep, labels = (None if each is None else torch.cat([each, each]) for each in twice)
+            labels = labels.masked_fill(torch.arange(len(labels), device=labels.device) >= len(labels) // 2, -1)
+        x = self._padded(self.decoder_embed(x), F.pad(masked, (1, 0)), keep)
+        if self.classes is not None:
+            if labels is None:
+                labels = torch.full_like(masked[:, 0], -1, dtype=torch.int64)
+            label = self.label_embeddings(torch.where(labels < 0, self.classes, labels))
+            x = torch.cat([x, label[:, None]], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        logits = self.mlm_layer(self.decoder_norm(x)[:, 1 : 1 + masked.shape[1]], words)
+        if guidance is None:
+            return logits
+        given, free = logits.float().chunk(2)
+        return given + guidance * (given - free)
+
+    def _padded(self, x: Tensor, masked: Tensor, keep: Tensor | None) -> Tensor:
         """Projected encoder output (B, 1 + K, width) -> padded, with positions (B, 1 + N, width)."""
         pad = x[:, :1] if self.padding == "cls" else self.mask_token.to(x.dtype)
-        if places is not None:
-            index = places[..., None].expand(-1, -1, x.shape[2])
+        if keep is not None:
+            index = F.pad(keep + 1, (1, 0))[..., None].expand(-1, -1, x.shape[2])
             x = pad.expand(x.shape[0], masked.shape[1], -1).scatter(1, index, x)
         # Masked positions that went through the encoder are padded like the dropped ones.
         return torch.where(masked[..., None], pad, x) + self.decoder_pos_embed_learned
 
-    @torch.no_grad()
-    def _code_vectors(self) -> Tensor:
-        """Word embeddings of the codes (codes, width), without gradient (as the authors' head)."""
-        words = self.token_emb.word_embeddings
-        return words(torch.arange(self.codes, device=self.decoder_pos_embed_learned.device))
+
+class Mage(Encoder, Decoder):
+    """Encoder and decoder of MAGE. A new one must be given its initial values by `models.initialize`.
+
+    Args, errors: those of `Encoder` and `Decoder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: Mapping[str, int],
+        decoder: Mapping[str, int],
+        tokens: int,
+        codes: int,
+        vocabulary: int,
+        dropout: float,
+        padding: str,
+        classes: int | None = None,
+    ):
+        nn.Module.__init__(self)
+        self._add_encoder(encoder, tokens, codes, vocabulary, dropout)
+        self._add_decoder(encoder["width"], decoder, tokens, vocabulary, dropout, padding, classes)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        masked: Tensor,
+        keep: Tensor | None = None,
+        labels: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Logits over the codes at every position: (B, N, codes) in the dtype of the module. The encoder runs once,
+        also where the decoder is guided. Args: of `Encoder.forward` and `Decoder.forward`."""
+        x = Encoder.forward(self, tokens, masked, keep)
+        return Decoder.forward(self, x, masked, keep, self.code_vectors(), labels, guidance)
 
 
 def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -207,6 +207,9 @@ class MageModel(Section):
     padding: Literal["cls", "mask"] = _identity(
         "what fills masked places before the decoder: the encoder's class output, or a learned [MASK]"
     )
+    classes: int | None = _identity(
+        "labels that the decoder takes, trained on a frozen encoder (--init); null: it takes none", ge=1, default=None
+    )
 
     @model_validator(mode="after")
     def _words(self):
@@ -235,6 +238,23 @@ class Masking(Section):
 class Sampling(Section):
     steps: int = _identity("decoding iterations T of a generated picture", ge=1)
     temperature: float = _identity("weight tau of the Gumbel noise in the choice of tokens that stay", ge=0)
+    token_temperature: float = _identity("temperature of the distribution that tokens are drawn from", ge=0, default=1)
+    order: Literal["confidence", "halton"] = _identity(
+        "which tokens stay first: those of highest confidence, or those that the Halton sequence visits first",
+        default="confidence",
+    )
+    drop: float = _identity(
+        "share of all tokens that is left out of the encoder while at least as many are masked; 0: none",
+        ge=0,
+        lt=1,
+        default=0,
+    )
+    guidance: float = _identity(
+        "how far logits are moved away from those without a label; 0: not at all", ge=0, default=0
+    )
+    guidance_schedule: Literal["constant", "linear", "power-cosine"] = _identity(
+        "the guidance over the steps: always the whole, rising in a line, or late", default="constant"
+    )
 
 
 class _Recipe(Section):
@@ -319,6 +339,9 @@ class PretrainRecipe(_Recipe):
     model: MageModel = _identity("the MAGE's size")
     masking: Masking = _identity("which tokens are masked")
     label_smoothing: float = _identity("share of the target that is spread over all codes", ge=0, lt=1)
+    label_dropout: float = _identity(
+        "share of the samples whose label is withheld, so that pictures can be guided", ge=0, lt=1, default=0
+    )
     sampling: Sampling = _identity("generated pictures, where the command line does not say otherwise")
 
     @model_validator(mode="after")
@@ -333,6 +356,13 @@ class PretrainRecipe(_Recipe):
         codes = self.tokenizer.codes
         if codes != self.model.codes:
             raise ValueError(f"model.codes = {self.model.codes}: must equal tokenizer.codes = {codes}")
+        if self.label_dropout and self.model.classes is None:
+            raise ValueError(f"label_dropout = {self.label_dropout}: this model takes no labels (model.classes)")
+        if self.sampling.guidance and not self.label_dropout:
+            raise ValueError(
+                f"sampling.guidance = {self.sampling.guidance}: needs a model that also learns without labels; set "
+                "model.classes and label_dropout"
+            )
         return self
 
 

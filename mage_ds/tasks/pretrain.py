@@ -229,9 +229,8 @@ def _painter(plan: Plan, catalog, vqgan: Vqgan):
                 held_out.stoppable(engine),
                 torch.zeros_like(tokens),
                 torch.ones_like(masked),
-                steps=recipe.sampling.steps,
-                temperature=recipe.sampling.temperature,
                 noise=keyed_noise(recipe.seed, batch.index, recipe.model.tokens),
+                **recipe.sampling.model_dump(),
             )
             rebuilt, predicted, samples = (pixels(vqgan.detokenize(grid).float()) for grid in (tokens, filled, sampled))
         engine.train()

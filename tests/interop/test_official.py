@@ -96,7 +96,7 @@ def test_sampling_follows_the_plain_steps(tmp_path):
         masked,
         steps=steps,
         temperature=temperature,
-        noise=lambda t: noise[t - 1],
+        noise=lambda t, purpose: noise[t - 1][purpose == "confidence"],
         on_step=lambda t, tokens, masked: seen.append((tokens, masked)),
     )
     for t in range(1, steps + 1):

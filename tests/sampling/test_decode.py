@@ -18,7 +18,7 @@ def predictor(codes=CODES, seed=0, dtype=torch.float32, scale=2.0):
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(64, codes + 1, codes, generator=generator) * scale
 
-    def predict(tokens, masked):
+    def predict(tokens, masked, keep=None):
         ids = torch.where(masked, codes, tokens)
         known = torch.stack([weights[i, ids[:, i]] for i in range(ids.shape[1])], dim=1)
         return (known + known.mean(dim=1, keepdim=True).roll(1, dims=2)).to(dtype)
@@ -82,7 +82,7 @@ def test_equals_one_picture_at_a_time(steps, temperature, dtype):
             masked[i].tolist(),
             steps,
             temperature,
-            lambda t, i=i: [u[i].tolist() for u in noise(t)],
+            lambda t, i=i: [noise(t, purpose)[i].tolist() for purpose in ("token", "confidence")],
         )
         assert made[i].tolist() == alone, i
     assert (made[~masked] == tokens[~masked]).all()
@@ -116,11 +116,11 @@ def test_a_single_token_is_sampled_again_until_the_last_step():
     tokens, masked = torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[False, True, False, False]])
     left = []
 
-    def flat(tokens, masked):
+    def flat(tokens, masked, keep):
         return torch.zeros(1, 4, CODES)
 
-    def noise(step):
-        return torch.full((1, 4), (step - 0.5) / CODES), torch.full((1, 4), 0.5)
+    def noise(step, purpose):
+        return torch.full((1, 4), (step - 0.5) / CODES if purpose == "token" else 0.5)
 
     def watch(t, now, masked_now):
         left.append((int(now[0, 1]), int(masked_now.sum())))
@@ -130,7 +130,7 @@ def test_a_single_token_is_sampled_again_until_the_last_step():
 
 
 def test_ties_go_by_position():
-    def flat(tokens, masked):
+    def flat(tokens, masked, keep):
         return torch.zeros(*tokens.shape, 4)
 
     same = torch.full((2, 6), 0.3)
@@ -142,7 +142,7 @@ def test_ties_go_by_position():
         masked,
         steps=4,
         temperature=2.0,
-        noise=lambda t: (same, same),
+        noise=lambda t, purpose: same,
         on_step=lambda t, now, m: left.append(m.long().tolist()),
     )
     # floor(6 cos) = 5, 4, 2; floor(4 cos) = 3, 2, 1: of equal confidences the first are masked again
@@ -155,7 +155,7 @@ def test_one_step_is_one_draw_at_every_position():
     tokens, masked = torch.zeros(4, 16, dtype=torch.int64), torch.ones(4, 16, dtype=torch.bool)
     made = decode.decode(predict, tokens, masked, steps=1, temperature=6.0, noise=noise)
     p = torch.softmax(predict(tokens, masked).double(), -1).numpy()
-    u = noise(1)[0].numpy()
+    u = noise(1, "token").numpy()
     expected = (p.cumsum(-1) <= u[..., None]).sum(-1)
     assert (made.numpy() == expected).all()
 
@@ -192,14 +192,14 @@ def test_draw_at_the_edges_stays_among_possible_codes():
 
 
 def test_noise_belongs_to_the_picture_not_to_the_batch():
-    together = decode.keyed_noise(7, np.arange(10), 16)(3)
-    for kind in range(2):
+    noise, purposes = decode.keyed_noise(7, np.arange(10), 16), ("token", "confidence", "drop", "order")
+    together = {purpose: noise(3, purpose) for purpose in purposes}
+    for purpose, values in together.items():
         for i in range(10):
-            alone = decode.keyed_noise(7, [i], 16)(3)[kind]
-            assert (together[kind][i] == alone[0]).all()
-    assert not (together[0] == together[1]).any()
-    assert not (together[0] == decode.keyed_noise(7, np.arange(10), 16)(4)[0]).any()
-    assert not (together[0] == decode.keyed_noise(8, np.arange(10), 16)(3)[0]).any()
+            assert (values[i] == decode.keyed_noise(7, [i], 16)(3, purpose)[0]).all()
+    assert len({float(values[0, 0]) for values in together.values()}) == len(purposes)
+    assert not (together["token"] == noise(4, "token")).any()
+    assert not (together["token"] == decode.keyed_noise(8, np.arange(10), 16)(3, "token")).any()
     predict = predictor()
     made = {}
     for batch in (5, 64):
