@@ -28,11 +28,12 @@ REQUIRES = [
     "packaging>=23",
     "scikit-learn>=1.4,<1.11",  # 1.11 drops the probabilities of SVC
     "torch-fidelity>=0.4.0",  # Inception's features
+    "scipy>=1.11",  # distances to a mask's border
     "scikit-image>=0.22",  # photographs of `prepare --sample photos`
     "lpips>=0.1.4",  # LPIPS' linear layers, a file of it; it is not imported
 ]
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11", "ruff>=0.17,<0.18"],  # another ruff formats otherwise
+    "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.17,<0.18"],  # another ruff formats otherwise
     # Both DALI wheels hold the module nvidia.dali, so exactly one of them is installed.
     "cuda13": ["nvidia-dali-cuda130>=2.4"],
     "cuda12": ["nvidia-dali-cuda120>=2.4"],

@@ -39,6 +39,11 @@ def _some(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _each(parse: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """An argparse type: a list of what `parse` takes, with commas."""
+    return lambda text: [parse(one) for one in text.split(",")]
+
+
 def _take_recipe(parser: argparse.ArgumentParser, called: str = "name") -> None:
     parser.add_argument(called, metavar="RECIPE", help="a name that `mage-ds recipes` lists, or a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe to change")
@@ -74,7 +79,11 @@ def train(parser: argparse.ArgumentParser) -> None:
     _take_recipe(parser, "recipe")
     parser.add_argument("--data", required=True, help="folder of pictures (train/, val/), or `tokenize`'s of tokens")
     parser.add_argument("--tokenizer", metavar="PATH|random", help="a tokenizer's run folder, or random values")
-    parser.add_argument("--init", metavar="PATH", help="a tokenizer whose weights a new tokenizer begins with")
+    parser.add_argument(
+        "--init",
+        metavar="PATH",
+        help="a tokenizer whose weights a new tokenizer begins with; a MAGE whose encoder a model with classes gets",
+    )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder; an existing one continues")
     parser.add_argument("--deepspeed_config", metavar="JSON|NAME", help="a JSON file or one of ds_configs/: zero2")
     parser.add_argument("--precision", metavar="auto|bf16|float32", help="as machine.precision=...")
@@ -84,25 +93,89 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 
 def sample(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a MAGE's run")
+    parser.add_argument("run", metavar="RUN", help="a MAGE: folder of a run or an export, or a file of the authors")
     # -n: the launcher of DeepSpeed takes --num for one of its own options (before Python 3.12).
     parser.add_argument(
         "-n", "--num", type=_count, required=True, metavar="N", help="pictures to make: index 0 to N - 1"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for them; an unfinished one continues")
-    parser.add_argument("--steps", type=_count, metavar="T", help="decoding iterations (the recipe's)")
     parser.add_argument(
-        "--temperature", type=_number(float, 0), metavar="TAU", help="noise of the choice (the recipe's)"
+        "--out", required=True, metavar="DIR", help="folder for them; any number of processes may work on it at once"
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="where RUN comes without one")
+    parser.add_argument(
+        "--class-label", metavar="3|0..9|1,4", help="what to show, in turn: numbers or names (all classes)"
     )
     parser.add_argument("--seed", type=_number(int, 0), default=0, help="start of the noise (0)")
-    parser.add_argument(
+    decoding = parser.add_argument_group("decoding; without them as the model's recipe says")
+    decoding.add_argument("--steps", type=_count, metavar="T", help="decoding iterations")
+    decoding.add_argument("--temperature", type=_number(float, 0), metavar="TAU", help="noise of what stays")
+    decoding.add_argument("--token-temperature", type=_number(float, 0), metavar="TAU", help="of the tokens drawn")
+    decoding.add_argument("--order", choices=("confidence", "halton"), help="which tokens stay first")
+    decoding.add_argument(
+        "--drop", type=_number(float, 0, 0.999), metavar="F", help="share of the tokens left out of the encoder, early"
+    )
+    decoding.add_argument("--guidance", type=_number(float, 0), metavar="S", help="towards the class; 0: none")
+    decoding.add_argument(
+        "--guidance-schedule", choices=("constant", "linear", "power-cosine"), help="the guidance over the steps"
+    )
+    files = parser.add_argument_group("files and machine")
+    files.add_argument(
+        "--format",
+        choices=("png", "tar", "npz"),
+        help="files, WebDataset's shards, ADM's array (png; of 10,000: tar)",
+    )
+    files.add_argument(
         "--batch", type=_count, metavar="B", help="pictures computed together (what DIR was begun with; else 64)"
     )
-    parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="which checkpoint (the newest)")
-    parser.add_argument(
+    files.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "float32"),
+        default="float32",
+        help="of the model; tokens are drawn in float64 (float32)",
+    )
+    files.add_argument(
+        "--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (what DIR was begun with; else the newest)"
+    )
+    files.add_argument(
         "--threads", type=_number(int, 1, 1024), default=1, metavar="N", help="CPU threads of one process (1)"
     )
-    parser.add_argument("--round", action="store_true", help="round pixels (the published code truncates them)")
+    files.add_argument("--round", action="store_true", help="round pixels (the published code truncates them)")
+    files.add_argument("--movie", action="store_true", help="also film how the first pictures fill (needs ffmpeg)")
+
+
+def edit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a MAGE's run folder, export or file of the authors'")
+    parser.add_argument(
+        "pictures", nargs="+", metavar="PICTURE", help="of any size: short side resized to the model's, centre square"
+    )
+    parser.add_argument(
+        "--region",
+        action="append",
+        required=True,
+        metavar="SPEC",
+        help="what is filled, once for all pictures or once for each: inpaint[:x,y,w,h] (a rectangle, in pixels of the "
+        "model's picture; the central half by half), outpaint[:fraction], uncrop[:fraction] (all around a centre of "
+        "this share of each side; 0.5, 0.25), MASK.png (what is not black, or what is transparent; as large as the "
+        "picture or the model's), alpha (where the picture itself is transparent). A token of which a pixel is to "
+        "fill is drawn anew as a whole",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for results; an unfinished one continues")
+    parser.add_argument("--tokenizer", metavar="PATH", help="where RUN comes without one")
+    parser.add_argument("--variants", type=_count, default=4, metavar="V", help="results of each picture (4)")
+    parser.add_argument("--class-label", metavar="K", help="number or name: one, or one for each picture (2,0,7)")
+    parser.add_argument("--seed", type=_number(int, 0), default=0, help="start of the noise (0)")
+    parser.add_argument("--composite", action="store_true", help="keep the original's pixels outside of the region")
+    parser.add_argument(
+        "--feather", type=_number(int, 0), default=0, metavar="N", help="with it: blend over N pixels inwards (0)"
+    )
+    parser.add_argument("--show-mask", action="store_true", help="also draw which tokens a mask touches")
+    parser.add_argument("--steps", type=_count, metavar="T", help="decoding iterations (the model's)")
+    parser.add_argument(
+        "--temperature", type=_number(float, 0), metavar="TAU", help="noise of what stays (the model's)"
+    )
+    parser.add_argument("--guidance", type=_number(float, 0), metavar="S", help="towards the class (the model's)")
+    parser.add_argument("--batch", type=_count, metavar="B", help="pictures computed together (what suits the device)")
+    parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (the newest)")
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
@@ -212,9 +285,34 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
 def bench_tokens(parser: argparse.ArgumentParser) -> None:
     _take_recipe(parser)
     parser.add_argument("--data", required=True, help="folder of pictures for the live tokenization")
-    parser.add_argument("--images", type=_count, default=16, metavar="N", help="how many of them, on each rank (16)")
+    parser.add_argument("--images", type=_count, default=16, metavar="N", help="of them at least, on each rank (16)")
     parser.add_argument("--samples", type=_count, default=100_000, metavar="N", help="of the cache (100,000)")
     parser.add_argument("--dir", dest="where", default=".", metavar="DIR", help="where it lies; cleaned up (here)")
+
+
+def bench_samplers(parser: argparse.ArgumentParser) -> None:
+    orders = ("confidence", "halton")
+    parser.add_argument("run", metavar="RUN", help="a run's folder; or an export, or a file of the authors'")
+    parser.add_argument("--num", type=_count, default=256, metavar="N", help="pictures of each row (256)")
+    parser.add_argument(
+        "--steps", type=_each(_count), default=[4, 8, 16, 32], metavar="LIST", help="numbers of steps T (4,8,16,32)"
+    )
+    parser.add_argument(
+        "--orders", type=_some(orders), default=list(orders), metavar="LIST", help=f"of {','.join(orders)}"
+    )
+    parser.add_argument(
+        "--drop",
+        type=_each(_number(float, 0, 0.99)),
+        default=[0.0, 0.5],
+        metavar="LIST",
+        help="shares of the tokens that are left out of the encoder while as many are masked (0,0.5)",
+    )
+    parser.add_argument("--reference", metavar="DATA", help="labelled real pictures: adds how many can be read")
+    parser.add_argument("--batch", type=_count, metavar="B", help="pictures computed together (64, or N if fewer)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bf16"), default="float32", help="of the model; choices are in float64"
+    )
+    parser.add_argument("--compile", dest="compiled", action="store_true", help="also time the compiled step")
 
 
 def checkpoints(parser: argparse.ArgumentParser) -> None:

@@ -128,10 +128,13 @@ def _train(args: argparse.Namespace) -> None:
         if args.tokenizer:
             raise UserError(f"--tokenizer {args.tokenizer}: recipe {args.recipe} trains a tokenizer, it takes none")
         _task("train_tokenizer", "train_tokenizer", init=args.init, **common)
-    elif args.init:
-        raise UserError(f"--init {args.init}: only a tokenizer begins with given weights, {args.recipe} trains a MAGE")
+    elif args.init and recipe.model.classes is None:
+        raise UserError(
+            f"--init {args.init}: only a tokenizer begins with given weights, and a model with classes (model.classes) "
+            f"has a given encoder; {args.recipe} trains a whole MAGE: leave it out"
+        )
     else:
-        _task("pretrain", "pretrain", tokenizer=args.tokenizer, **common)
+        _task("pretrain", "pretrain", tokenizer=args.tokenizer, init=args.init, **common)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -156,6 +159,13 @@ _BENCHES = {
         "  mage-ds bench tokens pretrain_vit_base --data work/photos --images 16",
         arguments.bench_tokens,
         lambda args: _task("bench_tokens", "tokens", **vars(args)),
+    ),
+    "samplers": _Verb(
+        "seconds a picture of each way of sampling, the used share of the peak, and what can be read",
+        "  mage-ds bench samplers work/mage --num 256 --reference work/digits\n"
+        "  mage-ds bench samplers work/mage --steps 20 --orders confidence --drop 0.5 --compile",
+        arguments.bench_samplers,
+        lambda args: _task("bench_samplers", "samplers", **vars(args)),
     ),
     "listing": _Verb(
         "time and memory of opening a large data set, with and without its cache",
@@ -188,7 +198,7 @@ _VERBS = {
         lambda args: _task("prepare", "prepare", **vars(args)),
     ),
     "train": _Verb(
-        "train a tokenizer or a MAGE by a recipe",
+        "train a tokenizer or a MAGE by a recipe, or a MAGE's decoder that takes labels",
         "  mage-ds train digits_tokenizer --data work/digits --out work/tokenizer\n"
         "  deepspeed --module mage_ds train pretrain_vit_base batch=1024 duration.epochs=400 \\\n"
         "      --data IMAGENET --tokenizer TOKENIZER --out work/vit_base --deepspeed_config zero2",
@@ -201,6 +211,15 @@ _VERBS = {
         "  deepspeed --module mage_ds sample work/mage -n 50000 --out work/samples",
         arguments.sample,
         lambda args: _task("sample", "sample", **vars(args)),
+    ),
+    "edit": _Verb(
+        "fill regions of pictures anew: inpaint, outpaint, uncrop, or a mask's",
+        "  mage-ds edit work/mage photo.jpg --region inpaint --out work/edited\n"
+        "  mage-ds edit work/mage a.png b.png --region uncrop:0.4 --region mask_of_b.png --composite --feather 8 \\\n"
+        "      --out work/edited",
+        arguments.edit,
+        lambda args: _task("edit", "edit", **vars(args)),
+        alone=True,
     ),
     "evaluate": _Verb(
         "measure made pictures against real ones, or how well a tokenizer draws pictures",

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
-from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from mage_ds.engine import stored
 from mage_ds.errors import UserError
 from mage_ds.inputs import convert
-from mage_ds.sampling import decode
+from mage_ds.sampling import decode, regions
 from mage_ds.sampling.tiles import tiles
 
 # A tile by default, (pixels, most pictures): a single picture is computed as a whole tile too, so on a CPU, where more
@@ -49,8 +48,8 @@ def from_pretrained(path, tokenizer=None, *, device=None, dtype=None, step: int 
     """
     for name, given in (("path", path), ("tokenizer", "" if tokenizer is None else tokenizer)):
         if not isinstance(given, str | os.PathLike):
-            raise UserError(f"{name} {_line(given)}: must be a str or a Path")
-    step = None if step is None else _whole("step", step, 0)
+            raise UserError(f"{name} {convert.brief(given)}: must be a str or a Path")
+    step = None if step is None else convert.whole("step", step, 0)
     device, dtype = _device(device), _dtype(dtype)
     return Pretrained(stored.open_model(path, tokenizer, step), str(path), device, dtype)
 
@@ -60,16 +59,17 @@ class Pretrained:
 
     kind: "mage", "tokenizer" or "classifier"; path, origin: what was opened, and what it is; image_size: pixels of a
     side of the pictures that it was trained on; factor: pixels of a side of one token; device, dtype: where and in
-    what it computes; sampling: its own {"steps", "temperature"}; mage, tokenizer, classifier: the torch modules, None
-    where it has none.
+    what it computes; sampling: its own of a recipe's `sampling`; classes: names of its labels, where known; tile:
+    pictures of this size computed together by default; mage, tokenizer, classifier: torch modules, None where missing.
     """
 
     def __init__(self, opened: stored.Stored, path: str, device: torch.device, dtype: torch.dtype):
         """`opened` gives its modules away: they are moved and converted in place."""
         self.kind, self.path, self.origin, self.image_size = opened.kind, path, opened.origin, opened.image_size
-        self.device, self.dtype, self.sampling = device, dtype, opened.sampling
+        self.device, self.dtype, self.sampling, self.classes = device, dtype, opened.sampling, opened.classes
         self.mage, self.classifier, self.tokenizer = opened.mage, opened.classifier, opened.tokenizer
         self._exact = torch.promote_types(dtype, torch.float32)
+        self.tile = self._batch(None, self.image_size**2)
         for module in (self.mage, self.classifier):
             if module is not None:
                 module.to(device, dtype)
@@ -96,7 +96,7 @@ class Pretrained:
 
             tokens = model.tokenize(PIL.Image.open(path) for path in paths)
         """
-        self._need("tokenizer", "tokenize")
+        self.require("tokenizer", "tokenize")
         count, stream = convert.pictures(images)
         with _bar(count, "picture") as bar:
             return torch.cat([self._encode(tile)[:n] for tile, n in self._tiles(stream, batch, bar)])
@@ -107,14 +107,14 @@ class Pretrained:
 
         Args: grid: rows and columns of tokens where they are no square.
         """
-        self._need("tokenizer", "detokenize")
+        self.require("tokenizer", "detokenize")
         tokens = self._tokens(tokens, self.tokenizer.quantize.codes)
         side = math.isqrt(tokens.shape[1])
         try:
             high, wide = (side, side) if grid is None else grid
         except (TypeError, ValueError):
-            raise UserError(f"grid {_line(grid)}: must be two numbers, rows and columns of tokens") from None
-        grid = high, wide = _whole("grid", high, 1), _whole("grid", wide, 1)
+            raise UserError(f"grid {convert.brief(grid)}: must be two numbers, rows and columns of tokens") from None
+        grid = high, wide = convert.whole("grid", high, 1), convert.whole("grid", wide, 1)
         if high * wide != tokens.shape[1]:
             raise UserError(f"{tokens.shape[1]} tokens are not {high} x {wide}; say detokenize(..., grid=(h, w))")
         batch = self._batch(batch, tokens.shape[1] * self.factor**2)
@@ -129,7 +129,7 @@ class Pretrained:
         Args: tokens: int (B, N), read where not masked; masked: bool (B, N), True = hidden from the model. Nothing
         is dropped from the encoder's input.
         """
-        mage = self._need("mage", "logits")
+        mage = self.require("mage", "logits")
         masked = self._mask(masked, "masked")
         masked = masked[None] if masked.ndim == 1 else masked
         tokens = self._tokens(tokens, mage.codes, masked)
@@ -148,13 +148,13 @@ class Pretrained:
 
             vectors = model.features(images).cpu().numpy()
         """
-        model = self._need("mage", "features") if self.classifier is None else self.classifier
+        model = self.require("mage", "features") if self.classifier is None else self.classifier
         return self._of_pictures(model.features, images, batch, "features")
 
     @torch.no_grad()
     def classify(self, images, *, batch: int | None = None) -> Tensor:
         """Scores of a fine-tuned classifier, before the softmax: float (B, classes); images: as `features`."""
-        return self._of_pictures(self._need("classifier", "classify"), images, batch, "classify")
+        return self._of_pictures(self.require("classifier", "classify"), images, batch, "classify")
 
     # --- new pictures --------------------------------------------------------------------------------------------
 
@@ -167,24 +167,28 @@ class Pretrained:
         seed: int = 0,
         class_label=None,
         *,
+        guidance: float | None = None,
         batch: int | None = None,
     ) -> Tensor:
         """New pictures by iterative decoding (paper section 5): float (num, 3, H, W) in [0, 1].
 
         Picture i is a function of (model, seed, i): those of `mage-ds sample --seed --batch` where float32, batch and
         CPU threads are the same. All are kept in memory; `mage-ds sample` writes many to disk.
-        Args: steps, temperature: T and tau, by default the model's own; class_label: None (no model takes one yet).
+        Args: steps, temperature, guidance: T, tau and the weight of the label, by default the model's own, as is the
+        rest of `sampling`; class_label: of a model that takes one, for all pictures or for each (-1, None: none).
         """
-        mage = self._need("mage", "generate", "tokenizer")
-        steps, temperature, seed = self._how(steps, temperature, seed, class_label)
-        num = _whole("num", num, 1)
+        mage = self.require("mage", "generate", "tokenizer")
+        num = convert.whole("num", num, 1)
+        labels = self._labels(class_label, num)
+        how, seed = self._how(steps, temperature, guidance, labels), convert.whole("seed", seed, 0)
         batch, made = self._batch(batch, self.image_size**2), []
         empty = torch.zeros(batch, mage.tokens, dtype=torch.int64, device=self.device)
         every = torch.ones_like(empty, dtype=torch.bool)
-        with _bar(num * steps, "step") as bar:
+        with _bar(num * how["steps"], "step") as bar:
             for index in tiles(num, batch):
                 shown = int((index < num).sum())
-                made.append(self._fill(empty, every, index, steps, temperature, seed, lambda n=shown: bar.update(n)))
+                condition = _part(labels, index[0], batch)
+                made.append(self._fill(empty, every, index, seed, condition, how, lambda n=shown: bar.update(n)))
         return self.detokenize(torch.cat(made)[:num], batch=min(batch, _DRAWN))
 
     @torch.no_grad()
@@ -197,7 +201,10 @@ class Pretrained:
         seed: int = 0,
         class_label=None,
         *,
+        guidance: float | None = None,
         composite: bool = False,
+        feather: int = 0,
+        index=None,
         batch: int | None = None,
     ) -> Tensor:
         """Fills a region of each picture anew (paper section 5): float (B, 3, H, W) in [0, 1].
@@ -205,28 +212,33 @@ class Pretrained:
         A token is hidden when any of its pixels is masked; the others stay fixed. A picture whose mask is empty comes
         back unchanged, pixel by pixel.
         Args: images: as `features`; mask: bool (B, H, W), or (H, W) for all of them, True = to fill; composite: take
-        the pixels outside of the mask from the original instead of the detokenizer; others: as `generate`.
+        the pixels outside of the mask from the original instead of the detokenizer; feather: pixels inside of the
+        mask's border over which a composite goes from the original to the new; index: int (B,), whose noise a picture
+        gets, by default 0, 1, ...: other numbers are other variants; others: as `generate`.
 
             mask = numpy.zeros((256, 256), bool); mask[64:192, 64:192] = True
-            images = model.edit(images, mask, seed=1, composite=True)
+            images = model.edit(images, mask, seed=1, composite=True, feather=8)
+            variants = model.edit([image] * 4, mask)
         """
-        self._need("mage", "edit", "tokenizer")
-        steps, temperature, seed = self._how(steps, temperature, seed, class_label)
+        self.require("mage", "edit", "tokenizer")
         count, stream = convert.pictures(images)
         stream = stream if count is not None else list(stream)
-        mask = self._pixel_mask(mask, len(stream) if count is None else count)
+        count = len(stream) if count is None else count
+        mask, labels = self._pixel_mask(mask, count), self._labels(class_label, count)
+        how, seed = self._how(steps, temperature, guidance, labels), convert.whole("seed", seed, 0)
+        feather = convert.whole("feather", feather, 0)
+        if feather and not composite:
+            raise UserError(f"feather {feather}: blends into the original, so it needs composite=True")
+        index = torch.arange(count) if index is None else convert.numbers("index", index, count)
         edited = []
-        with _bar(len(mask) * steps, "step") as bar:
+        with _bar(count * how["steps"], "step") as bar:
             for tile, n in self._tiles(iter(stream), batch, None, "edit"):
-                index = np.arange(len(edited), len(edited) + len(tile))
-                hidden = torch.zeros_like(tile[:, 0], dtype=torch.bool)
-                hidden[:n] = mask[len(edited) : len(edited) + n]
-                grid = hidden.unflatten(1, (-1, self.factor)).unflatten(3, (-1, self.factor)).any(dim=4).any(dim=2)
-                masked = grid.flatten(1)
-                tokens = self._encode(tile)
-                tokens = self._fill(tokens, masked, index, steps, temperature, seed, lambda n=n: bar.update(n))
-                new = hidden if composite else hidden.any(dim=(1, 2))[:, None, None]
-                edited += torch.where(new[:, None], self._decode(tokens, grid.shape[1:]), tile)[:n]
+                hidden, own, condition = (_part(each, len(edited), len(tile)) for each in (mask, index, labels))
+                masked = regions.token_mask(hidden, self.factor)
+                tokens, given = self._encode(tile), (own.numpy(), seed, condition, how)
+                tokens = self._fill(tokens, masked.flatten(1), *given, lambda n=n: bar.update(n))
+                share = self._share(hidden, composite, feather)
+                edited += torch.lerp(tile, self._decode(tokens, masked.shape[1:]), share[:, None])[:n]
         return torch.stack(edited)
 
     # --- inside --------------------------------------------------------------------------------------------------
@@ -241,13 +253,20 @@ class Pretrained:
         with _float32_convolutions():
             return self.tokenizer.decoder(codes).to(self._exact).clamp(0, 1)
 
-    def _fill(self, tokens, masked, index, steps, temperature, seed, advance) -> Tensor:
+    def _fill(self, tokens, masked, index, seed: int, labels, how: dict, advance) -> Tensor:
         noise = decode.keyed_noise(seed, index, tokens.shape[1])
-        how = {"steps": steps, "temperature": temperature, "noise": noise, "on_step": lambda *_: advance()}
+        how = how | {"noise": noise, "labels": labels, "on_step": lambda *_: advance()}
         return decode.decode(self.mage, tokens, masked, **how)
 
+    def _share(self, hidden: Tensor, composite: bool, feather: int) -> Tensor:
+        """How much of the new picture each pixel takes: hidden bool (B, H, W) -> (B, H, W), 0 to 1."""
+        if not composite:  # all of it, where there was anything to fill
+            return hidden.any(dim=(1, 2))[:, None, None].expand_as(hidden).to(self._exact)
+        shares = [regions.shares(each, feather) for each in hidden.cpu().numpy()]
+        return torch.from_numpy(np.stack(shares)).to(self.device, self._exact)
+
     def _of_pictures(self, model, images, batch, what: str) -> Tensor:
-        self._need("tokenizer", what)
+        self.require("tokenizer", what)
         count, stream = convert.pictures(images)
         with _bar(count, "picture") as bar:
             vectors = [model(self._encode(tile))[:n] for tile, n in self._tiles(stream, batch, bar, what)]
@@ -271,13 +290,14 @@ class Pretrained:
         done = 0
         while some := list(islice(stream, batch)):
             tile = torch.zeros(batch, 3, high, wide, dtype=self._exact, device=self.device)
+            white = tile.new_tensor(255)  # a number would be divided by as its reciprocal on a GPU: not the same bits
             for i, picture in enumerate(some):
                 if tuple(picture.shape[1:]) != size:
                     other = " x ".join(map(str, picture.shape[1:]))
                     raise UserError(f"picture {done + i} is {other}, the first {high} x {wide}: one size at a time")
                 picture = picture.to(self.device)
                 exact = picture.to(self._exact)
-                tile[i] = exact / 255 if picture.dtype == torch.uint8 else exact.clamp(0, 1)
+                tile[i] = exact / white if picture.dtype == torch.uint8 else exact.clamp(0, 1)
             yield tile, len(some)
             done += len(some)
             if bar is not None:
@@ -298,19 +318,31 @@ class Pretrained:
         if batch is None:
             budget, most = _TILE[self.device.type]
             return max(1, min(most, budget // pixels))
-        return _whole("batch", batch, 1)
+        return convert.whole("batch", batch, 1)
 
-    def _how(self, steps, temperature, seed, class_label) -> tuple[int, float, int]:
-        if class_label is not None:
-            raise UserError(f"class_label {_line(class_label)}: this model was trained without classes; leave it out")
-        steps = _whole("steps", self.sampling["steps"] if steps is None else steps, 1)
-        heat = self.sampling["temperature"] if temperature is None else temperature
-        if not isinstance(heat, Real) or isinstance(heat, bool) or not 0 <= heat < math.inf:
-            raise UserError(f"temperature {_line(heat)}: must be a finite number of at least 0")
-        return steps, float(heat), _whole("seed", seed, 0)
+    def _how(self, steps, temperature, guidance, labels) -> dict:
+        """The arguments of `decode` that a recipe's `sampling` names: the model's own, but for what is given."""
+        if guidance and labels is None:
+            raise UserError(f"guidance {convert.brief(guidance)}: moves towards a label; give class_label too")
+        given = {"steps": steps, "temperature": temperature, "guidance": guidance}
+        how = self.sampling | {name: value for name, value in given.items() if value is not None}
+        how["steps"] = convert.whole("steps", how["steps"], 1)
+        return how | {name: convert.real(name, how[name], 0) for name in ("temperature", "guidance")}
 
-    def _need(self, part: str, method: str, *more: str):
-        """The module that a method needs; UserError where this model has none."""
+    def _labels(self, given, count: int) -> Tensor | None:
+        """int64 (count,); None where no label is given."""
+        if given is None:
+            return None
+        classes, said = self.mage.classes, convert.brief(given)
+        if classes is None:
+            raise UserError(f"class_label {said}: this model was trained without classes; leave it out")
+        labels = convert.numbers("class_label", given, count)
+        if len(labels) and not -1 <= labels.min() <= labels.max() < classes:
+            raise UserError(f"class_label {said}: must be from 0 to {classes - 1}, or -1 for none")
+        return labels.to(self.device)
+
+    def require(self, part: str, method: str, *more: str):
+        """The module ("mage", "tokenizer", "classifier") that a method needs; UserError where this model has none."""
         module = getattr(self, part)
         if module is None and part == "tokenizer":
             raise UserError(f"{self.path}: comes without a tokenizer, which {method} needs: "
@@ -319,7 +351,7 @@ class Pretrained:
             needed = {"mage": "a pre-trained MAGE", "classifier": "a fine-tuned classifier"}[part]
             raise UserError(f"{self.path}: is a {self.kind}; {method} needs {needed}")
         for other in more:
-            self._need(other, method)
+            self.require(other, method)
         return module
 
     def _tokens(self, tokens, codes: int, masked: Tensor | None = None) -> Tensor:
@@ -365,19 +397,16 @@ def _float32_convolutions():
 
 def _bar(total: int | None, unit: str) -> tqdm:
     interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, unit=unit, delay=_BAR_AFTER_S, mininterval=interval, dynamic_ncols=True)
+    # leave=None: a bar below another one vanishes when it is done
+    return tqdm(total=total, unit=unit, delay=_BAR_AFTER_S, mininterval=interval, dynamic_ncols=True, leave=None)
 
 
-def _line(value) -> str:
-    """Anything, in a line of a message."""
-    return " ".join(repr(value).split())[:60]
-
-
-def _whole(name: str, value, low: int) -> int:
-    """A whole number from `low` on, numpy's too; UserError for anything else."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-        raise UserError(f"{name} {_line(value)}: must be a whole number, at least {low}")
-    return int(value)
+def _part(values: Tensor | None, begin: int, count: int) -> Tensor | None:
+    """Rows begin ... begin + count - 1, padded by zeros where there are no more."""
+    if values is None:
+        return None
+    some = values[begin : begin + count]
+    return F.pad(some, (0, 0) * (some.ndim - 1) + (0, count - len(some)))
 
 
 def _device(device) -> torch.device:

@@ -96,6 +96,7 @@ def test_train(calls):
     assert given == {
         "data": "P",
         "tokenizer": "random",
+        "init": None,
         "out": "R",
         "deepspeed_config": "zero2",
         "resume": "auto",
@@ -121,12 +122,15 @@ def test_init(calls, capsys):
     assert calls.pop()[2]["init"] == "T"
     assert cli.main(["train", "digits_mage", "--data", "P", "--tokenizer", "T", "--out", "R", "--init", "M"]) == 2
     assert "--init M: only a tokenizer begins with given weights" in capsys.readouterr().err and not calls
+    assert cli.main(["train", "digits_class_conditional", "--data", "P", "--out", "R", "--init", "M"]) == 0
+    assert (calls[0][0], calls[0][2]["init"], calls[0][2]["tokenizer"]) == ("pretrain", "M", None)
 
 
 @pytest.mark.parametrize("front", [["--local_rank=3"], ["--local_rank", "3"], ["--local-rank=3"], []])
 def test_other_verbs(calls, front):
     for line in (
-        "sample R --num 3 --out D --temperature 0 --threads 2 --round",
+        "sample R --num 3 --out D --temperature 0 --threads 2 --round --class-label 0..9 --order halton --format npz",
+        "edit R a.png b.png --region inpaint:1,2,3,4 --region m.png --out D --composite --feather 4 --class-label 2,0",
         "evaluate D --reference P --run R",
         "evaluate T --data P --against Q --lpips-weights F --out E",
         "tokenize --data P --tokenizer T --out K --recipe digits_mage --views 4 --augmentation weak --batch 8",
@@ -138,7 +142,13 @@ def test_other_verbs(calls, front):
     ):
         assert cli.main([*front, *line.split()]) == 0
     sample = {"run": "R", "num": 3, "out": "D", "steps": None, "temperature": 0.0, "seed": 0, "batch": None}
-    sample |= {"checkpoint": None, "threads": 2, "round": True}
+    sample |= {"checkpoint": None, "threads": 2, "round": True, "tokenizer": None, "class_label": "0..9"}
+    sample |= {"token_temperature": None, "order": "halton", "drop": None, "guidance": None, "guidance_schedule": None}
+    sample |= {"format": "npz", "precision": "float32", "movie": False}
+    edit = {"run": "R", "pictures": ["a.png", "b.png"], "region": ["inpaint:1,2,3,4", "m.png"], "out": "D"}
+    edit |= {"tokenizer": None, "variants": 4, "class_label": "2,0", "seed": 0, "composite": True, "feather": 4}
+    edit |= {"show_mask": False, "steps": None, "temperature": None, "guidance": None, "batch": None}
+    edit |= {"checkpoint": None}
     evaluate = {"source": "D", "reference": "P", "run": "R"}
     fitness = {"tokenizer": "T", "data": "P", "against": "Q", "lpips_weights": "F", "out": "E"}
     tokens = {"data": "P", "tokenizer": "T", "out": "K", "recipe": "digits_mage", "views": 4, "augmentation": "weak"}
@@ -148,6 +158,7 @@ def test_other_verbs(calls, front):
     own = {"src": "S", "sample": None, "out": "P", "val_fraction": 0.25, "verify": "full"}
     assert calls == [
         ("sample", "sample", sample),
+        ("edit", "edit", edit),
         ("evaluate", "evaluate", evaluate),
         ("evaluate_tokenizer", "evaluate_tokenizer", fitness),
         ("tokenize", "tokenize", tokens),
@@ -183,6 +194,9 @@ TRAIN = "train pretrain_vit_base --data P --out R"
         ("sample R --num 1 --out D --temperature -1", ["--temperature"]),
         ("sample R --num 1 --out D --temperature nan", ["--temperature: nan", "at least 0"]),
         ("sample R S --num 1 --out D", ["unrecognized arguments: S"]),
+        ("edit R a.png --out D", ["--region"]),
+        ("edit R --region inpaint --out D", ["PICTURE"]),
+        ("edit R a.png --region inpaint --out D --variants 0", ["--variants: 0", "at least 1"]),
         ("evaluate D", ["--reference", "--data"]),
         ("evaluate D --reference P --data P", ["--reference", "--data"]),
         ("evaluate T --data P --run R", ["--run goes with --reference", "leave it out"]),
@@ -259,6 +273,7 @@ def test_several_ranks_leave_the_choice_of_the_speaker_to_the_engine(monkeypatch
 
 def test_recipes(capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("COLUMNS", "160")  # what is shown is as wide as the terminal
     assert cli.main(["recipes"]) == 0
     listed = capsys.readouterr().out
     from mage_ds import recipes

@@ -17,13 +17,14 @@ PACKAGE = ROOT / "mage_ds"
 # Where a module has another name than the distribution that brings it.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "ffmpeg": "ffmpeg-python",
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
     "torch_fidelity": "torch-fidelity",
 }
 # Declared though never imported by name: timm and torch.utils.tensorboard need the first two, the photographs of the
-# third and the linear layers of the fourth are read as files, and the last stands by for movies.
-INDIRECT = {"torchvision", "tensorboard", "scikit-image", "lpips", "ffmpeg-python"}
+# third and the linear layers of the last are read as files.
+INDIRECT = {"torchvision", "tensorboard", "scikit-image", "lpips"}
 
 
 @pytest.fixture(scope="module")

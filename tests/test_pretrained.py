@@ -11,6 +11,7 @@ from PIL import Image
 
 import mage_ds
 from mage_ds import UserError, keyed, pretrained
+from mage_ds.recipes.schema import Sampling
 from mage_ds.sampling import decode
 
 SIDE, FACTOR, N, CODES = 16, 4, 16, plain.CODES
@@ -101,7 +102,7 @@ def test_generated_pictures_are_the_plain_ones(files, mage):
 
 def test_generate_takes_the_models_own_settings(mage):
     own = mage.sampling
-    assert set(own) == {"steps", "temperature"}
+    assert set(own) == set(Sampling.model_fields)
     made = mage.generate(2, batch=2)
     assert (made == mage.generate(2, own["steps"], own["temperature"], seed=0, batch=2)).all()
     numpys = np.int64(own["steps"]), np.float32(own["temperature"]), np.uint8(0)
@@ -211,6 +212,10 @@ def test_wrong_tokens_and_masks_are_refused(mage):
         (lambda: mage_ds.from_pretrained("R", tokenizer=5), "tokenizer 5"),
         (lambda: mage_ds.from_pretrained("R", step=1.5), "step 1.5"),
         (lambda: mage.edit(edit, torch.ones(SIDE, SIDE, dtype=torch.bool), class_label=3), "class_label 3"),
+        (lambda: mage.edit(edit, torch.ones(SIDE, SIDE, dtype=torch.bool), feather=2), "needs composite=True"),
+        (lambda: mage.edit(edit, torch.ones(SIDE, SIDE, dtype=torch.bool), index=[1]), "index: 1 are given for 2"),
+        (lambda: mage.edit(edit, torch.ones(SIDE, SIDE, dtype=torch.bool), index=0.5), "index 0.5: must be"),
+        (lambda: mage.generate(2, guidance=1.5), "guidance 1.5: moves towards a label; give class_label"),
     ]:
         with pytest.raises(UserError) as error:
             call()
@@ -251,57 +256,6 @@ def test_results_do_not_depend_on_how_many_are_given(mage, batch):
 def test_a_tile_on_a_cpu_wastes_little_on_a_single_picture(mage):
     sizes = [mage._batch(None, side * side) for side in (16, 32, 64, 128, 256, 512)]
     assert sizes == [16, 16, 16, 4, 1, 1] and mage._batch(7, 2**20) == 7
-
-
-# --- edit ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def filled(mage, monkeypatch):
-    """Tokens of the pictures that were drawn, tile by tile."""
-    seen, draw = [], mage._decode
-    monkeypatch.setattr(mage, "_decode", lambda tokens, grid: seen.append(tokens) or draw(tokens, grid))
-    return seen
-
-
-def test_known_tokens_stay_and_pictures_have_their_own_number_to_fill(mage, filled):
-    images, mask = photos(3), torch.zeros(3, SIDE, SIDE, dtype=torch.bool)
-    mask[0, :8] = True  # 8 tokens
-    mask[1, 3, 4] = True  # one pixel: its token and no neighbour
-    mask[2, 7:9, 11:13] = True  # four pixels over a corner of four tokens
-    hidden = [set(range(8)), {1}, {6, 7, 10, 11}]
-    before = mage.tokenize(images)
-    after = mage.edit(images, mask, steps=4, seed=1, batch=2)
-    tokens = torch.cat(filled)[:3]
-    for i, places in enumerate(hidden):
-        changed = set((tokens[i] != before[i]).nonzero().flatten().tolist())
-        assert changed <= places and len(changed) >= len(places) - 1  # 1 of 1024 draws the old token again
-    assert torch.equal(after, mage.detokenize(tokens, batch=2))
-    assert not torch.equal(after, mage.edit(images, mask, steps=4, seed=2, batch=2))
-
-
-def test_nothing_to_fill_leaves_the_picture_alone(mage):
-    images = photos(3)
-    mask = torch.zeros(3, SIDE, SIDE, dtype=torch.bool)
-    mask[1] = True
-    after = mage.edit(images, mask, steps=3)
-    assert torch.equal(after[[0, 2]], images[[0, 2]] / 255) and not torch.equal(after[1], images[1] / 255)
-
-
-def test_everything_to_fill_is_generate(mage):
-    mask = np.ones((SIDE, SIDE), bool)
-    made = mage.generate(5, 4, 2.0, seed=5, batch=2)
-    for given in (photos(5), iter(photos(5))):
-        assert torch.equal(mage.edit(given, mask, 4, 2.0, seed=5, batch=2), made)
-
-
-def test_composite_keeps_the_pixels_outside(mage):
-    images, mask = photos(2), torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
-    mask[:, 5:9, 2:11] = True
-    after = mage.edit(images, mask, steps=3, composite=True)
-    whole = mage.edit(images, mask, steps=3)
-    for new, drawn, old, region in zip(after, whole, images / 255, mask, strict=True):
-        assert torch.equal(new[:, ~region], old[:, ~region]) and torch.equal(new[:, region], drawn[:, region])
 
 
 # --- dtype, device, and what a file is -----------------------------------------------------------------------

@@ -119,24 +119,30 @@ def _straddled(sizes: list[int], world: int) -> int:
     return max(sums)
 
 
-def kinds(held: Held, activations, tokenizer, micro: int) -> dict[str, float]:
+def kinds(held: Held, activations, frozen, micro: int) -> dict[str, float]:
     """Bytes on the device by kind, each at its largest, for micro-batches of `micro` images.
 
-    activations: planner.Activations; tokenizer: planner.tokenizer_bytes, counted with its forward pass.
+    activations: planner.Activations; frozen: planner.frozen_bytes, counted with the forward pass that takes most.
     """
-    weights, forward = tokenizer
-    more = {"activations": activations.kept(micro) + activations.working(micro), "tokenizer": weights + forward(micro)}
+    weights, forward = _frozen(frozen, micro)
+    more = {"activations": activations.kept(micro) + activations.working(micro), "frozen": weights + forward}
     return {**held.device, "buffers": held.device["buffers"] + held.passing, **more}
 
 
-def peak(held: Held, activations, tokenizer, micro: int) -> float:
-    """Most bytes on the device at once: tokenizer, forward and backward, and update come one after the other."""
-    weights, forward = tokenizer
+def peak(held: Held, activations, frozen, micro: int) -> float:
+    """Most bytes on the device at once: frozen models, forward and backward, and update come one after the other."""
+    weights, forward = _frozen(frozen, micro)
     lasting = sum(held.device[kind] for kind in ("weights", "gradients", "optimizer")) + weights
     active = activations.kept(micro) + activations.working(micro)
     reducing = held.reducing + (1 - held.first) * active
     backward = held.device["buffers"] + max(active, reducing, held.reducing + held.passing)
-    return lasting + max(backward, held.device["buffers"] + forward(micro), held.update)
+    return lasting + max(backward, held.device["buffers"] + forward, held.update)
+
+
+def _frozen(frozen: dict, micro: int) -> tuple[float, float]:
+    """Weights of all, and the most that one of their forward passes takes: they come one after the other."""
+    forwards = [forward(micro) for _, forward in frozen.values()]
+    return sum(weights for weights, _ in frozen.values()), max(forwards, default=0)
 
 
 def sent(count: int, zero: dict, *, precision: str, world: int, accumulation: int) -> float:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from mage_ds.engine import process, retention, state, watch
 from mage_ds.engine.retention import find, folder_of, steps
 from mage_ds.errors import UserError
+from mage_ds.files import sha256
 
 FORMAT = 1
 _HEADER_BYTES = 2**10  # of a parameter in a checkpoint: more than its entries in the files' headers take
@@ -65,7 +66,7 @@ def verify(folder: Path, meta: dict, only: str = "", *, read: bool = True, advan
         try:
             if path.stat().st_size != expected["bytes"]:
                 raise ValueError(f"{path.stat().st_size} bytes instead of {expected['bytes']}")
-            if read and _sha256(path, advance) != expected["sha256"]:
+            if read and sha256(path, advance) != expected["sha256"]:
                 raise ValueError("checksum differs")
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {_damaged(folder, error)}") from None
@@ -92,16 +93,16 @@ def read_tensors(folder: Path, meta: dict, prefix: str):
             raise UserError(f"{path}: {_damaged(folder, error)}") from None
 
 
-def load_weights(run: Path, engine: str, step: int | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+def load_weights(run: Path, engine: str, step: int | None = None, advance=None) -> tuple[dict[str, torch.Tensor], dict]:
     """The verified float32 weights and buffers of one engine by name, and the checkpoint's meta.
 
-    Needs no DeepSpeed and no process group; of the checkpoint's files only the weights are read.
+    Needs no DeepSpeed and no process group; of the checkpoint's files only the weights are read. advance: see `verify`.
     """
     folder = find(run, step)
     meta = read_meta(folder)
     if engine not in meta["engines"]:
         raise UserError(f"{folder}: holds {', '.join(meta['engines'])}, not {engine}: is this the right run?")
-    verify(folder, meta, f"{engine}.weight.")
+    verify(folder, meta, f"{engine}.weight.", advance=advance)
     return dict(read_tensors(folder, meta, f"{engine}.weight.")), meta
 
 
@@ -301,7 +302,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], seconds: dict) -> dict:
         with safe_open(path, framework="pt") as file:  # what was written must open and be complete
             if set(file.keys()) != set(tensors):
                 raise OSError(f"{path}: read back other tensors than written")
-        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _publish(aside: Path, final: Path, meta: dict) -> None:
@@ -334,14 +335,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path, advance=None) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        block = memoryview(bytearray(2**22))
-        while size := file.readinto(block):
-            digest.update(block[:size])
-            if advance:
-                advance(size)
-    return digest.hexdigest()

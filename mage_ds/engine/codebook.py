@@ -56,12 +56,15 @@ class Usage:
 
 
 @torch.no_grad()
-def reseed(engine, usage: Usage, points: Callable[[], torch.Tensor], seed: int, step: int, after: int) -> int:
+def reseed(engine, usage: Usage, points: Callable[[], tuple], seed: int, step: int, after: int) -> int:
     """Give codes that no step used for `after` steps encoder outputs of the batch; returns how many got one.
 
-    Call it after each update and `usage.end_of_step()`, on all ranks. step: the one just made. points() -> (n, D),
-    encoder outputs of this rank's last micro-batch; only asked for where a code is dead. A keyed draw of (seed, step)
-    takes as many of each rank; where they do not suffice the rest of the codes gets its turn in the next step.
+    Call it after each update and `usage.end_of_step()`, on all ranks. step: the one just made. points() -> encoder
+    outputs (n, D) of this rank's last micro-batch, and the squared distance (n,) of each to its code; only asked for
+    where a code is dead. A keyed draw of (seed, step) takes as many of each rank, each output with a chance in
+    proportion to its squared distance (as k-means++ does): drawn evenly, most codes would come to lie in what pictures
+    are full of, a white ground for instance, and tell apart what looks the same. Where the outputs do not suffice the
+    rest of the codes gets its turn in the next step.
     Written to the float32 master with its moments set to 0 (an in-place write to the parameter alone is undone at the
     next step), in ZeRO 0 to 2; other rows keep every bit. The host reads the counters only in steps in which a code
     can have become dead.
@@ -70,7 +73,7 @@ def reseed(engine, usage: Usage, points: Callable[[], torch.Tensor], seed: int, 
         return 0
     dead = (usage.unused >= after).nonzero()[:, 0]
     if len(dead):
-        rows = _drawn(points(), len(dead), seed, step)
+        rows = _drawn(*points(), len(dead), seed, step)
         dead = dead[: len(rows)]
         _write(engine, dead, rows)
         usage.unused[dead] = 0
@@ -78,14 +81,16 @@ def reseed(engine, usage: Usage, points: Callable[[], torch.Tensor], seed: int, 
     return len(dead)
 
 
-def _drawn(points: torch.Tensor, wanted: int, seed: int, step: int) -> torch.Tensor:
+def _drawn(points: torch.Tensor, far: torch.Tensor, wanted: int, seed: int, step: int) -> torch.Tensor:
     """At most `wanted` different ones of all ranks' points, float32 on the CPU, the same on all ranks."""
     me = process.start()
-    points = points.float()
-    points = points[points.isfinite().all(dim=1)]
-    order = keyed.permutation(seed, "reseed", step * me.world + me.rank, len(points))[: -(-wanted // me.world)]
-    mine = points[torch.from_numpy(order).to(points.device)].cpu()
-    return torch.cat(process.gather_objects(mine))[:wanted]
+    points, far = points.float().cpu(), far.double().cpu()
+    there = points.isfinite().all(dim=1) & far.isfinite() & (far > 0)
+    points, far = points[there], far[there]
+    u = keyed.uniform(seed, "reseed", step * me.world + me.rank, 0, len(points))[0]
+    # The first of exponential waiting times whose rates are the weights: a draw by weight, nothing twice.
+    order = (-torch.from_numpy(u).log() / far).argsort(stable=True)[: -(-wanted // me.world)]
+    return torch.cat(process.gather_objects(points[order]))[:wanted]
 
 
 def _write(engine, codes: torch.Tensor, rows: torch.Tensor) -> None:

@@ -6,8 +6,8 @@ from mage_ds.engine import process
 def engine(model, dtype):
     """DeepSpeed's InferenceEngine around `model`, on this process's device, in `dtype`, dropout off.
 
-    One process serves a whole model on one device; more processes serve other pictures. Call the engine itself,
-    as the model's forward: (tokens, masked) -> logits. The model is converted and moved in place.
+    One process serves a whole model on one device; more processes serve other pictures. Call the engine itself, with
+    what the model's forward takes. The model is converted and moved in place.
     """
     process.start()  # init_inference takes the device, and the group, from there
     import deepspeed

@@ -16,13 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mage_ds.engine import wrap
 from mage_ds.engine.memory import Live
-from mage_ds.models import Mage, Vqgan
+from mage_ds.interop.parts import ENCODER
+from mage_ds.models import Decoder, Encoder, Mage, Vqgan
 from mage_ds.models.adversary import Lpips, PatchGAN
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import masks
 from mage_ds.recipes.schema import PretrainRecipe, Recipe, VqganModel
 
 CHECKPOINTING = ("none", "selective", "full")
+_DECODER = ("decoder", "tokens", "vocabulary", "dropout", "padding", "classes")  # of a MAGE's numbers
 _COUNTED = (2, 4)  # images; a single one has shapes of its own, which differ by a few per cent
 
 _SHARE = 0.5  # of the memory of a rank: the rest holds weights, moments, gradients, buffers and the input queue
@@ -73,9 +75,21 @@ def largest_micro_batch(bytes_per_image: float, device: torch.device, local_worl
 
 
 def model_of(recipe: Recipe) -> torch.nn.Module:
-    """The model that the recipe trains, without initial values, on torch's default device."""
-    kind = Mage if isinstance(recipe, PretrainRecipe) else Vqgan
-    return kind(**recipe.model.model_dump())
+    """The model that the recipe trains, without initial values, on torch's default device: where it has classes, the
+    decoder alone."""
+    numbers = recipe.model.model_dump()
+    if not isinstance(recipe, PretrainRecipe):
+        return Vqgan(**numbers)
+    if recipe.model.classes is None:
+        return Mage(**numbers)
+    return Decoder(width=recipe.model.encoder.width, **{key: numbers[key] for key in _DECODER})
+
+
+def encoder_of(recipe: Recipe) -> Encoder | None:
+    """The frozen encoder below the trained model, where there is one; as `model_of`."""
+    if not isinstance(recipe, PretrainRecipe) or recipe.model.classes is None:
+        return None
+    return Encoder(**recipe.model.model_dump(include=set(ENCODER)))
 
 
 def tokenizer_of(recipe: Recipe) -> VqganModel | None:
@@ -126,12 +140,28 @@ def loss_on_made_inputs(recipe: Recipe, model, images: int, dtype: torch.dtype, 
         l1 = (drawn.float() - pictures).abs().mean(dim=(1, 2, 3))
         weights = recipe.loss
         return (weights.l1 * l1 + weights.codebook * codebook + weights.commitment * commitment).mean()
+    logits, tokens, masked = mage_on_made_inputs(recipe, model, images, dtype, device)
+    losses, _ = token_loss(logits, tokens, masked, recipe.label_smoothing)
+    return losses.mean()
+
+
+def mage_on_made_inputs(recipe: PretrainRecipe, model, images: int, dtype: torch.dtype, device):
+    """Logits of the trained model, a decoder's from made vectors of a frozen encoder; the tokens and their masks."""
+    tokens, masked, keep = _masked_tokens(recipe, images, device)
+    if recipe.model.classes is None:
+        return model(tokens, masked, keep), tokens, masked
+    width, labels = recipe.model.encoder.width, tokens[:, 0] % recipe.model.classes
+    x = torch.rand(images, 1 + keep.shape[1], width, device=device, dtype=dtype)
+    words = torch.rand(recipe.model.codes, width, device=device, dtype=dtype)
+    return model(x, masked, keep, words, labels), tokens, masked
+
+
+def _masked_tokens(recipe: PretrainRecipe, images: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random tokens and masks: int64 (images, N), bool (images, N), and what the encoder keeps."""
     tokens = torch.randint(recipe.model.codes, (images, recipe.model.tokens), device=device)
     noise = torch.rand(images, recipe.model.tokens, dtype=torch.float64, device=device)
     ratio = torch.full((images,), recipe.masking.high, dtype=torch.float64, device=device)
-    masked, keep = masks(noise, ratio, recipe.masking.drop)
-    losses, _ = token_loss(model(tokens, masked, keep), tokens, masked, recipe.label_smoothing)
-    return losses.mean()
+    return tokens, *masks(noise, ratio, recipe.masking.drop)
 
 
 def _pictures(recipe: Recipe, images: int, device, dtype: torch.dtype) -> torch.Tensor:
@@ -140,15 +170,17 @@ def _pictures(recipe: Recipe, images: int, device, dtype: torch.dtype) -> torch.
 
 
 def flops_per_image(recipe: Recipe, *, cached: bool = False) -> int:
-    """Useful operations of a training step: forward, twice that backward, and the tokenizer's encoder unless the
-    tokens are `cached`.
+    """Useful operations of a training step: forward, twice that backward, the forward of a frozen encoder, and the
+    tokenizer's encoder unless the tokens are `cached`.
 
     LPIPS goes back to the reconstruction only, half of its operations. A discriminator is left out: it is a few per
     cent at the paper's size, and from its start on only.
     """
     with torch.device("meta"):
-        model, tokenizer = model_of(recipe), tokenizer_of(recipe)
+        model, tokenizer, encoder = model_of(recipe), tokenizer_of(recipe), encoder_of(recipe)
         count = 3 * forward_flops(lambda: loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"))
+        if encoder is not None:
+            count += forward_flops(lambda: encoder(*_masked_tokens(recipe, 1, "meta")))
         if tokenizer is not None and not cached:
             vqgan, picture = Vqgan(**tokenizer.model_dump()), _pictures(recipe, 1, "meta", torch.float32)
             count += forward_flops(lambda: vqgan.encode(picture))
@@ -192,20 +224,31 @@ def activations(recipe: Recipe, dtype: torch.dtype, *, gpu: bool) -> dict[str, A
     return found
 
 
-def tokenizer_bytes(recipe: Recipe, dtype: torch.dtype) -> tuple[int, Line]:
-    """The frozen tokenizer's weights, and the peak of its forward pass; zeros where the recipe has none."""
-    tokenizer = tokenizer_of(recipe)
-    if tokenizer is None:
-        return 0, Line(0, 0)
-    peaks = []
-    with _fake(dtype):
+def frozen_calls(recipe: Recipe, dtype: torch.dtype) -> dict[str, tuple[torch.nn.Module, Callable]]:
+    """The frozen models beside the trained one by name, in torch's default dtype, which must be `dtype` when they are
+    called, without initial values: the module, and what a step asks of it for a number of images."""
+    found, tokenizer, encoder = {}, tokenizer_of(recipe), encoder_of(recipe)
+    if encoder is not None:
+        found["encoder"] = encoder.eval(), lambda n: encoder(*_masked_tokens(recipe, n, "cpu"))
+    if tokenizer is not None:
         vqgan = Vqgan(**tokenizer.model_dump())
-        for images in _COUNTED:
-            with Live(vqgan.parameters()) as live, torch.no_grad():
-                weights = live.now
-                vqgan.tokenize(_pictures(recipe, images, "cpu", torch.float32).to(dtype))
-            peaks.append(live.peak - weights)
-    return weights, _line(*peaks)
+        found["tokenizer"] = vqgan, lambda n: vqgan.tokenize(_pictures(recipe, n, "cpu", torch.float32).to(dtype))
+    return found
+
+
+def frozen_bytes(recipe: Recipe, dtype: torch.dtype) -> dict[str, tuple[int, Line]]:
+    """Of each frozen model its weights, and the peak of its forward pass."""
+    found = {}
+    with _fake(dtype):
+        for name, (module, call) in frozen_calls(recipe, dtype).items():
+            peaks = []
+            for images in _COUNTED:
+                with Live(module.parameters()) as live, torch.no_grad():
+                    weights = live.now
+                    call(images)
+                peaks.append(live.peak - weights)
+            found[name] = weights, _line(*peaks)
+    return found
 
 
 def _line(few: float, more: float) -> Line:

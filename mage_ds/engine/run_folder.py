@@ -1,12 +1,12 @@
 """A run's folder: opened, refused or resumed, and what it says about how the run ended."""
 
-import fcntl
 import json
 import os
 import platform
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from mage_ds import recipes
 from mage_ds.engine import checkpoint, launched, process
 from mage_ds.errors import EXIT_BUG, EXIT_USER, Stopped, UserError
+from mage_ds.files import lock, saved
 from mage_ds.recipes.schema import Recipe
 from mage_ds.report import grids
 
@@ -115,7 +116,7 @@ def _refuse_differences(out: Path, recipe: Recipe, facts: dict, extend: bool) ->
             f"{hint}choose another folder"
         )
     stored = read_facts(out)
-    for key, what in (("data", "--data"), ("tokenizer", "--tokenizer")):
+    for key, what in (("data", "--data"), ("tokenizer", "--tokenizer"), ("encoder", "--init")):
         if stored.get(key) != facts.get(key):
             raise UserError(
                 f"{what}: differs from the one that {out} was started with "
@@ -124,7 +125,7 @@ def _refuse_differences(out: Path, recipe: Recipe, facts: dict, extend: bool) ->
 
 
 def read_facts(out: Path) -> dict:
-    """What a run was started with: fingerprint of the data, hash of the tokenizer, ..."""
+    """What a run was started with: fingerprint of the data, hashes of frozen models, ..."""
     try:
         return dict(json.loads((out / "facts.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -142,10 +143,11 @@ def own(start: str) -> None:
     _start = start
 
 
-def create(out: Path, recipe: Recipe, facts: dict, config: dict, save_tokenizer) -> str:
-    """Write what a run stands on: recipe, configuration, environment, facts and its copy of the tokenizer.
+def create(out: Path, recipe: Recipe, facts: dict, config: dict, copies: dict[str, Callable[[Path], None]]) -> str:
+    """Write what a run stands on: recipe, configuration, environment, facts and its copies of frozen models.
 
-    Called at every start by rank 0: machine fields may have changed. Returns what every rank passes to `own`.
+    copies: the name of a folder -> what writes it, once in the life of a run. Called at every start by rank 0: machine
+    fields may have changed. Returns what every rank passes to `own`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -155,12 +157,12 @@ def create(out: Path, recipe: Recipe, facts: dict, config: dict, save_tokenizer)
             write_aside(out / "facts.json", json.dumps(facts, indent=1) + "\n")
         write_aside(out / "ds_config.json", json.dumps(config, indent=1) + "\n")
         write_aside(out / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        if save_tokenizer is not None and new:
-            aside = out / ".tokenizer.part"
-            for stale in (aside, out / "tokenizer"):
+        for name, save in copies.items() if new else ():
+            aside = out / f".{name}.part"
+            for stale in (aside, out / name):
                 shutil.rmtree(stale, ignore_errors=True)
-            save_tokenizer(aside)
-            os.rename(aside, out / "tokenizer")
+            save(aside)
+            os.rename(aside, out / name)
         write_aside(out / "recipe.yaml", recipes.dump(recipe))  # last: with it the folder is a run folder
         start = f"{socket.gethostname()} {os.getpid()} {time.time():.3f}"
         write_status(out, "running", start=start)
@@ -176,12 +178,8 @@ def _lock(out: Path) -> None:
         raise UserError(f"--out {out}: another process is training in it; wait for it or stop it")
     if not _is_mine(out):
         _locked = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the process lives)
-        try:
-            fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another process has just begun to train in it; stop it or wait") from None
-        except OSError:
-            pass  # a file system without locks
+        if not lock(_locked):
+            raise UserError(f"--out {out}: another process has just begun to train in it; stop it or wait")
 
 
 def _is_mine(out: Path) -> bool:
@@ -194,12 +192,9 @@ def _busy(out: Path) -> bool:
         return False
     try:
         with open(out / ".lock", "r+") as file:  # NFS locks what may be written only
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock file yet, or no locks
-        pass
-    return False
+            return not lock(file)
+    except OSError:  # no lock file yet
+        return False
 
 
 def environment() -> dict:
@@ -229,13 +224,5 @@ def load_recipe(run: Path) -> Recipe:
 
 def write_aside(path: Path, text: str) -> None:
     """Write a file so that it is the old or the new one, whole, at any moment."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    with saved(path) as file:
+        file.write(text.encode())

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mage_ds.engine import checkpoint, retention, run_folder
+from mage_ds.engine import checkpoint, run_folder
 from mage_ds.errors import UserError
-from mage_ds.interop import exported, official
-from mage_ds.interop.parts import MODELS, Parts, check, expected
-from mage_ds.models import Classifier, Mage, Vqgan
+from mage_ds.interop import exported, official, safe
+from mage_ds.interop.parts import MODELS, Parts, brief, check, encoder_of, expected
+from mage_ds.models import Classifier, Encoder, Mage, Vqgan
 from mage_ds.recipes.schema import Recipe
 
 _SHARED = ("image_size", "sampling", "unused", "origin")  # fields of Stored and Parts
-_ENGINES = {"pretrain": "mage", "tokenizer": "tokenizer"}  # of a run's task: what its model is called
+_KINDS = {"pretrain": "mage", "tokenizer": "tokenizer"}  # of a run's task: what its model is called
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Stored:
     """An opened model: float32, eval mode, on the CPU, without gradients.
 
     kind: "mage", "tokenizer" or "classifier"; the model of that name, and the tokenizer where one came along;
-    image_size: pixels of a side; sampling: {"steps", "temperature"}, empty but for a mage; unused: tensors of a
-    foreign file that nothing here uses; origin: one line, what it is and where from.
+    image_size: pixels of a side; sampling: the fields of a recipe's section, empty but for a mage; classes: names of
+    the first of its labels, where they are known; unused: tensors of a foreign file that nothing here uses; origin: one
+    line, what it is and where from.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Stored:
     tokenizer: Vqgan | None
     image_size: int
     sampling: dict
+    classes: list[str]
     unused: dict[str, Tensor]
     origin: str
 
@@ -48,6 +50,8 @@ def open_model(path: Path, tokenizer: Path | None = None, step: int | None = Non
     Raises: UserError, one line, for what cannot be opened or does not fit.
     """
     parts = open_parts(Path(path), step)
+    if parts.kind == "encoder":
+        raise UserError(f"{path}: is an encoder alone, which `train --init` takes; open the run that it lies in")
     built = {parts.kind: build(parts)}
     if tokenizer is not None:
         if parts.kind == "tokenizer":
@@ -64,8 +68,9 @@ def open_model(path: Path, tokenizer: Path | None = None, step: int | None = Non
             )
     elif parts.tokenizer is not None:
         built["tokenizer"] = build(parts.tokenizer)
-    models = {kind: built.get(kind) for kind in MODELS}
-    return Stored(parts.kind, **models, **{name: getattr(parts, name) for name in _SHARED})
+    models = {kind: built.get(kind) for kind in ("mage", "classifier", "tokenizer")}
+    classes = [safe.printable(name) for name in parts.facts.get("classes", [])]
+    return Stored(parts.kind, **models, classes=classes, **{name: getattr(parts, name) for name in _SHARED})
 
 
 def open_parts(path: Path, step: int | None = None, advance: Callable[[int], object] | None = None) -> Parts:
@@ -90,23 +95,18 @@ def open_parts(path: Path, step: int | None = None, advance: Callable[[int], obj
 
 def _parts_of_run(path: Path, step: int | None, advance) -> Parts:
     recipe = run_folder.load_recipe(path)
-    if recipe.task not in _ENGINES:
+    if recipe.task not in _KINDS:
         raise UserError(f"{path}: is a run of task {recipe.task}, which makes no model to hand on")
-    kind, folder = _ENGINES[recipe.task], retention.find(path, step)
-    meta = checkpoint.read_meta(folder)
-    if kind not in meta["engines"]:
-        raise UserError(f"{folder}: holds {', '.join(meta['engines'])}, not {kind}: is this the right run?")
-    checkpoint.verify(folder, meta, f"{kind}.weight.", advance=advance)
-    model, weights = recipe.model.model_dump(), dict(checkpoint.read_tensors(folder, meta, f"{kind}.weight."))
+    kind, model = _KINDS[recipe.task], recipe.model.model_dump()
+    engine = "decoder" if model.get("classes") else kind
+    weights, meta = checkpoint.load_weights(path, engine, step, advance)
+    if engine == "decoder":
+        weights |= _frozen_of_run(path, "encoder", meta.get("encoder")).weights
     shapes = expected(kind, model, path)
-    check(weights, shapes, weights.keys() - shapes.keys(), folder)
-    tokenizer = None
-    if kind == "mage":
-        if not (path / "tokenizer" / "config.json").is_file():
-            raise UserError(f"{path}/tokenizer: is missing; copy the whole run folder")
-        tokenizer = exported.read(path / "tokenizer")
+    check(weights, shapes, weights.keys() - shapes.keys(), path)
+    tokenizer = _frozen_of_run(path, "tokenizer") if kind == "mage" else None
     facts = {"description": recipe.description, "step": meta["step"], "recipe": recipe.model_dump()}
-    facts |= {name: meta[name] for name in ("data", "tokenizer") if meta.get(name)}
+    facts |= {name: meta[name] for name in ("data", "tokenizer", "encoder", "classes") if meta.get(name)}
     return Parts(
         kind,
         model,
@@ -117,6 +117,16 @@ def _parts_of_run(path: Path, step: int | None, advance) -> Parts:
         sampling=recipe.sampling.model_dump() if kind == "mage" else {},
         facts=facts | {"figures": figures(path, meta["step"])},
     )
+
+
+def _frozen_of_run(path: Path, name: str, expected_hash: str | None = None) -> Parts:
+    """A run's copy of a frozen model. UserError where it is missing, or not the one that the run was trained with."""
+    if not (path / name / "config.json").is_file():
+        raise UserError(f"{path}/{name}: is missing; copy the whole run folder")
+    parts = exported.read(path / name)
+    if expected_hash is not None and weights_hash(parts.weights) != expected_hash:
+        raise UserError(f"{path}/{name}: is not the one that this run was trained with; copy the whole run folder")
+    return parts
 
 
 def figures(run: Path, step: int) -> dict[str, float]:
@@ -136,11 +146,16 @@ def figures(run: Path, step: int) -> dict[str, float]:
     return last
 
 
-def build(parts: Parts) -> Mage | Vqgan | Classifier:
-    """The model of these tables: float32, eval mode, CPU, without gradients."""
+def build(parts: Parts) -> Mage | Encoder | Vqgan | Classifier:
+    """The model of these tables: float32, eval mode, CPU, without gradients. UserError for weights that are no numbers,
+    of which everything that comes out is none."""
     with torch.device("meta"):
         model = MODELS[parts.kind](**parts.model)
     model.to_empty(device="cpu").load_state_dict(parts.weights)
+    if bad := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
+        raise UserError(
+            f"{parts.origin}: {brief(bad)}: values that are no numbers; take an earlier checkpoint, or copy it again"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -152,15 +167,6 @@ def open_run(path: Path, task: str) -> Recipe:
     if recipe.task != task:
         raise UserError(f"{path}: is a run of task {recipe.task}, a {task} run is needed")
     return recipe
-
-
-def load_mage(path: Path, step: int | None = None) -> tuple[Mage, Recipe, dict]:
-    """The trained MAGE of a run (float32, eval mode, CPU), the run's recipe, and the checkpoint's meta."""
-    recipe = open_run(path, "pretrain")
-    weights, meta = checkpoint.load_weights(path, "mage", step)
-    model = Mage(**recipe.model.model_dump())
-    model.load_state_dict(weights)
-    return model.eval(), recipe, meta
 
 
 def precision(path: Path) -> torch.dtype:
@@ -199,6 +205,28 @@ def load_tokenizer(path: Path, step: int | None = None) -> tuple[Vqgan, dict]:
     model = build(parts)
     info = {"model": parts.model, "image_size": parts.image_size, "hash": weights_hash(model.state_dict())}
     return model, info
+
+
+def load_encoder(path: Path) -> tuple[Encoder, dict]:
+    """The frozen encoder (float32, eval mode, CPU) of a MAGE, whatever `open_model` opens, or of an encoder's folder.
+
+    Returns it and {"model": its numbers, "image_size": pixels, "hash": digest of its weights, "tokenizer": the hash of
+    the tokenizer that came along with it, or None}.
+    """
+    parts = open_parts(Path(path))
+    if parts.kind not in ("mage", "encoder"):
+        raise UserError(f"{path}: is a {parts.kind}, a pre-trained MAGE is needed; give its run folder, export or file")
+    beside = parts.tokenizer and weights_hash(parts.tokenizer.weights)
+    parts = encoder_of(parts)
+    model = build(parts)
+    info = {"model": parts.model, "image_size": parts.image_size, "hash": weights_hash(model.state_dict())}
+    return model, info | {"tokenizer": beside}
+
+
+def save_encoder(folder: Path, model: Encoder, numbers: dict, image_size: int) -> None:
+    """As `save_tokenizer`."""
+    folder.mkdir(parents=True)
+    exported.write(folder, Parts("encoder", numbers, model.state_dict(), image_size, origin=""))
 
 
 def weights_hash(weights: dict) -> str:

@@ -38,7 +38,7 @@ class Plan:
     """A start, decided but not begun: nothing is built, nothing written.
 
     steps, warmup: of the whole run; share: how the batch falls to ranks; config: DeepSpeed's, in force;
-    source: the checkpoint to continue from; facts: fingerprints of data and tokenizer.
+    source: the checkpoint to continue from; facts: fingerprints of the data and of frozen models.
     """
 
     recipe: Recipe
@@ -64,7 +64,7 @@ class Plan:
 def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest: Callable[[], int]) -> Plan:
     """Decide everything about a start and refuse what cannot be, before anything is built. All ranks call it.
 
-    dataset: samples of the training split; facts: {"data": fingerprint, "tokenizer": hash}; largest(): the micro
+    dataset: samples of the training split; facts: {"data": fingerprint, "tokenizer": hash, ...}; largest(): the micro
     batch that fits.
     """
     me = process.start()
@@ -120,13 +120,15 @@ class Training:
     limits: Limits
 
 
-def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None, flops_per_image: float) -> Training:
+def begin(
+    plan: Plan, models: dict[str, torch.nn.Module], *, copies: dict | None = None, flops_per_image: float
+) -> Training:
     """Write the run folder, wrap the models as DeepSpeed engines, resume, open the logs. All ranks call it.
 
-    models: by name, with their initial values; save_tokenizer(folder): writes the run's copy of its tokenizer.
+    models: by name, with their initial values; copies: of its frozen models, as run_folder.create takes them.
     """
     me, recipe, out = process.start(), plan.recipe, plan.options.out
-    start, meta = process.on_first(partial(_claim, plan, save_tokenizer))
+    start, meta = process.on_first(partial(_claim, plan, copies or {}))
     run_folder.own(start)
     process.log_to_file(out / "logs")
     watch.write_to(out / "logs", partial(run_folder.write_status, out, "failed", exit_code=EXIT_BUG))
@@ -147,11 +149,11 @@ def begin(plan: Plan, models: dict[str, torch.nn.Module], *, save_tokenizer=None
     return Training(run, engines, dict.fromkeys(models, lr), limits)
 
 
-def _claim(plan: Plan, save_tokenizer) -> tuple[str, dict | None]:
+def _claim(plan: Plan, copies: dict) -> tuple[str, dict | None]:
     """Rank 0's part: first verify the checkpoint (auto: it is already), so that a damaged one changes nothing."""
     read = checkpoint.read_meta if plan.options.resume == "auto" else checkpoint.verified
     meta = read(plan.source) if plan.source else None
-    return run_folder.create(plan.options.out, plan.recipe, plan.facts, plan.config, save_tokenizer), meta
+    return run_folder.create(plan.options.out, plan.recipe, plan.facts, plan.config, copies), meta
 
 
 def _announce(plan: Plan, models: dict[str, torch.nn.Module]) -> None:

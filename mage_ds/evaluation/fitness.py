@@ -39,8 +39,8 @@ class Verdict(NamedTuple):
 def judge(own: dict, known: dict) -> Verdict:
     """Whether a tokenizer fits the pictures `own`, given that it fits `known`: the worst answer of all counts.
 
-    Both hold the figures of `reconstruction.Sums` and `psnr_flat`: the PSNR of each picture's mean colour in its place.
-    SSIM and LPIPS are looked at where both have them; a figure that is not finite counts as the worst.
+    Both hold the figures of `reconstruction.Sums`. SSIM and LPIPS are looked at where both have them; a figure that is
+    not finite counts as the worst.
     """
     lower = known["psnr"] - own["psnr"]
     found = [

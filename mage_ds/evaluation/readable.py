@@ -28,6 +28,10 @@ class Judgement:
         """bool (n,)."""
         return self.confidence > THRESHOLD
 
+    def chosen(self, which: np.ndarray) -> "Judgement":
+        """Of some of the pictures: bool (n,)."""
+        return Judgement(self.confidence[which], self.label[which])
+
     def summary(self, classes: int, labels: np.ndarray | None = None) -> dict:
         """Shares of all pictures: readable, each class by the judge's answer, and right where labels are known."""
         share = np.bincount(self.label, minlength=classes) / len(self.label)

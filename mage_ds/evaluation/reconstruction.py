@@ -14,7 +14,8 @@ from torch import Tensor
 _LEAST_ERROR = 1e-10  # mean square: a picture without any error has a PSNR of 100 dB
 _SIGMA, _RADIUS = 1.5, 5  # of SSIM's Gaussian window, pixels (Wang et al. 2004: 11 x 11)
 _C1, _C2 = 0.01**2, 0.03**2  # its constants for pictures in [0, 1]
-_HEAD = ("n", "l1", "psnr", "ssim", "n_lpips", "lpips")
+_MEANS = ("l1", "psnr", "psnr_flat", "ssim")
+_HEAD = ("n", *_MEANS, "n_lpips", "lpips")
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -80,7 +81,9 @@ class Sums:
         Returns the figures of each picture, name -> float64 (B,), of those left out too.
         """
         counts = counts.to(self.total.device, non_blocking=True)
-        each = {"l1": l1(originals, drawn), "psnr": psnr(originals, drawn), "ssim": ssim(originals, drawn)}
+        flat = originals.mean(dim=(2, 3), keepdim=True).expand_as(originals)
+        each = {"l1": l1(originals, drawn), "psnr": psnr(originals, drawn), "psnr_flat": psnr(originals, flat)}
+        each["ssim"] = ssim(originals, drawn)
         if lpips is not None:
             each["lpips"] = lpips.double()
         ones = torch.ones_like(each["l1"])
@@ -98,14 +101,15 @@ class Sums:
         return self.total[len(_HEAD) :]
 
     def figures(self) -> dict[str, float]:
-        """Means over the pictures: l1, psnr (dB), ssim and lpips where there are any; codes_used: share of the
-        codebook; perplexity of the codes' frequencies (1 to the number of codes); n: pictures. {"n": 0} for none.
+        """Means over the pictures: l1, psnr (dB), psnr_flat (that of each picture's mean colour in its place), ssim and
+        lpips where there are any; codes_used: share of the codebook; perplexity of the codes' frequencies (1 to the
+        number of codes); n: pictures. {"n": 0} for none.
         """
         values = dict(zip(_HEAD, self.total[: len(_HEAD)].tolist(), strict=True))
         n = round(values["n"])
         if not n:
             return {"n": 0}
-        found = {"n": n, **{name: values[name] / n for name in ("l1", "psnr", "ssim")}}
+        found = {"n": n, **{name: values[name] / n for name in _MEANS}}
         if found["ssim"] != found["ssim"]:  # NaN: pictures smaller than the window
             del found["ssim"]
         if values["n_lpips"]:

@@ -1,6 +1,8 @@
-"""Pictures as people hold them (PIL, numpy, torch, DLPack) -> tensors, one picture at a time."""
+"""What people give a model: pictures (PIL, numpy, torch, DLPack) -> tensors, one picture at a time; and numbers."""
 
+import math
 from collections.abc import Iterable, Iterator
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +57,38 @@ def tensor(given, name: str) -> Tensor:
     return found
 
 
+def whole(name: str, value, low: int) -> int:
+    """A whole number from `low` on, numpy's too; UserError for anything else."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        raise UserError(f"{name} {brief(value)}: must be a whole number, at least {low}")
+    return int(value)
+
+
+def real(name: str, value, low: float) -> float:
+    """A finite number from `low` on, numpy's too; UserError for anything else."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value < math.inf:
+        raise UserError(f"{name} {brief(value)}: must be a finite number of at least {low}")
+    return float(value)
+
+
+def numbers(name: str, given, count: int) -> Tensor:
+    """int64 (count,): one whole number for all of `count` pictures, or one for each. UserError for anything else."""
+    found = tensor(given, name)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool or found.ndim > 1:
+        raise UserError(f"{name} {brief(given)}: must be one whole number, or one for each picture")
+    if found.ndim and len(found) != count:
+        raise UserError(f"{name}: {len(found)} are given for {count} picture(s)")
+    return found.cpu().to(torch.int64).expand(count)
+
+
+def brief(value) -> str:
+    """Anything, in a line of a message."""
+    return " ".join(repr(value).split())[:60]
+
+
 def _picture(given, name: str) -> Tensor:
     if isinstance(given, Image.Image):
-        given = _pixels(given, name)
+        given = upright(given, name)
     if not isinstance(given, Tensor | np.ndarray) and not hasattr(given, "__dlpack__"):
         raise UserError(f"{name}: is a {type(given).__name__}; give a PIL image, a numpy array or a tensor")
     x = tensor(given, name)
@@ -72,8 +103,8 @@ def _picture(given, name: str) -> Tensor:
     return x
 
 
-def _pixels(image: Image.Image, name: str) -> np.ndarray:
-    """uint8 (H, W, 3), upright, on white."""
+def upright(image: Image.Image, name: str) -> np.ndarray:
+    """uint8 (H, W, 3) of a PIL image: EXIF orientation applied, transparency on white. UserError with its `name`."""
     if image.mode not in _MODES:
         raise UserError(f"{name}: is of PIL's mode {image.mode}, whose scale is not known; convert it to RGB")
     try:

@@ -11,12 +11,10 @@ A part, and a split joined from its parts, is written aside, synced and renamed:
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import numpy as np
 
 from mage_ds import recipes
 from mage_ds.errors import UserError
+from mage_ds.files import lock, saved, sha256
 from mage_ds.inputs import order
 from mage_ds.inputs.batch import Batch
 from mage_ds.inputs.dali import PADDING, Ahead, once
@@ -142,8 +141,9 @@ def _array(path: Path, shape: tuple, dtype) -> np.ndarray:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(_damaged(path, "it is missing")) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(_damaged(path, f"cut off or foreign: {error}")) from None
+    except Exception as error:  # numpy reads a header as Python and meets a damaged one with whatever that raises
+        why = str(error).partition("\n")[0]
+        raise UserError(_damaged(path, f"cut off or foreign: {why}")) from None
     if (found.shape, found.dtype) != (shape, dtype):
         raise UserError(_damaged(path, f"{found.dtype} {found.shape} instead of {np.dtype(dtype)} {shape}"))
     return found
@@ -217,7 +217,7 @@ def finish(out: Path, facts: dict) -> None:
 
 
 def _write_facts(out: Path, facts: dict) -> None:
-    with _saved(out / FACTS) as file:
+    with saved(out / FACTS) as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
 
 
@@ -244,12 +244,8 @@ def _alone(out: Path):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the lock is held)
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another process is writing it; wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        if not lock(file):
+            raise UserError(f"--out {out}: another process is writing it; wait for it or stop it")
         yield
 
 
@@ -309,7 +305,7 @@ class Parts:
         with writing(self.folder.parent):
             path = self._path(view, first)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _saved(path) as file:
+            with saved(path) as file:
                 np.savez(file, tokens=tokens.astype(np.uint16), valid=valid)
 
     def _read(self, view: int, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -335,29 +331,20 @@ class Parts:
                 self._join(labels)
             shutil.rmtree(self.folder / "parts", ignore_errors=True)
         bad = int((~np.load(self.folder / "valid.npy").all(axis=1)).sum())
-        return {"n": self.n, "unreadable": bad, "sha256": {name: digest(self.folder / name) for name in _FILES}}
+        return {"n": self.n, "unreadable": bad, "sha256": {name: sha256(self.folder / name) for name in _FILES}}
 
     def _join(self, labels: np.ndarray) -> None:
         valid = np.zeros((self.n, self.views), dtype=bool)
         head = {"descr": "<u2", "fortran_order": False, "shape": (self.n, self.views, self.width)}
-        with _saved(self.folder / "tokens.npy") as file:  # not through a map: on a full disk that kills the process
+        with saved(self.folder / "tokens.npy") as file:  # not through a map: on a full disk that kills the process
             np.lib.format.write_array_header_1_0(file, head)
             for first in range(0, self.n, self.size):
                 parts = [self._read(view, first) for view in range(self.views)]
                 file.write(np.stack([tokens for tokens, _ in parts], axis=1).astype("<u2").tobytes())
                 valid[first : first + self.size] = np.stack([good for _, good in parts], axis=1)
         for name, array in (("valid.npy", valid), ("labels.npy", np.asarray(labels, dtype=np.int32))):
-            with _saved(self.folder / name) as file:
+            with saved(self.folder / name) as file:
                 np.save(file, array)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 def check(out: Path, facts: dict) -> None:
@@ -365,20 +352,5 @@ def check(out: Path, facts: dict) -> None:
     for split, known in facts["splits"].items():
         open_cache(out, split)
         for name, expected in known["sha256"].items():
-            if digest(out / split / name) != expected:
+            if sha256(out / split / name) != expected:
                 raise UserError(_damaged(out / split / name, "its checksum is another"))
-
-
-@contextmanager
-def _saved(path: Path):
-    """A file that appears under its name when it is whole and on the disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        with suppress(FileNotFoundError):
-            aside.unlink()

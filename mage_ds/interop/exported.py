@@ -23,8 +23,9 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _WORDS = {"float32": "F32", "bf16": "BF16"}
 _EXACT = "quantize."  # the nearest code is found exactly: a codebook in bf16 would be another codebook
 # A tokenizer's folder says "vqgan", as those in run folders do.
-_KIND_OUT = {"mage": "mage", "classifier": "classifier", "tokenizer": "vqgan"}
-_STRINGS = ("description", "licence", "data", "tokenizer")  # among the facts
+_KIND_OUT = {"mage": "mage", "classifier": "classifier", "tokenizer": "vqgan", "encoder": "encoder"}
+_LARGEST = 2**14  # pixels of a side
+_STRINGS = ("description", "licence", "data", "tokenizer", "encoder")  # among the facts
 _TITLE = {"mage": "MAGE", "classifier": "MAGE encoder, fine-tuned as a classifier", "tokenizer": "VQGAN tokenizer"}
 _KIND_IN = {word: kind for kind, word in _KIND_OUT.items()}
 
@@ -128,7 +129,8 @@ def write_card(folder: Path, parts: Parts, files: str, use: str) -> None:
     lines += [f"{_TITLE[parts.kind]}: {count:,} parameters, for pictures of {side} x {side} pixels."]
     lines += ["", "```python", "import mage_ds", "", use, "```", "", f"Files: {files}.", "", "| | |", "|---|---|"]
     rows = {"origin": parts.origin, "steps of training": facts.get("step"), "data (fingerprint)": facts.get("data")}
-    rows |= {"tokenizer (hash)": facts.get("tokenizer"), **facts.get("figures", {})}
+    rows |= {"tokenizer (hash)": facts.get("tokenizer"), "frozen encoder (hash)": facts.get("encoder")}
+    rows |= {"classes": parts.model.get("classes"), **facts.get("figures", {})}
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items() if value is not None]
     if parts.unused:
         names = ", ".join(f"`{_plain(name)}`" for name in sorted(parts.unused))
@@ -152,13 +154,17 @@ def _plain(value) -> str:
 
 
 def read(folder: Path) -> Parts:
-    """The model in an export, or in a tokenizer's folder; weights are memory-mapped. Raises UserError, one line."""
+    """The model in an export, or in a tokenizer's or encoder's folder; weights are memory-mapped.
+
+    Raises UserError, one line.
+    """
     folder = Path(folder)
     config = _config(folder)
     kind, model = _KIND_IN[config["kind"]], config["model"]
     weights = _weights(folder)
     # No model has more blocks than tensors: such numbers in a file of a stranger would take for ever to build.
     counts = [part.get("depth") for part in model.values() if isinstance(part, dict)] + [model.get("blocks")]
+    counts += [len(part) for part in model.values() if isinstance(part, list)]  # levels of a tokenizer
     if any(isinstance(count, int) and count > len(weights) for count in counts):
         raise UserError(f"{folder}: damaged: its weights do not fit its config.json; copy it again")
     shapes = expected(kind, model, folder)
@@ -182,8 +188,10 @@ def read(folder: Path) -> Parts:
         foreign=config.get("foreign") is True,
         facts=config.get("facts", {}),
     )
-    if kind != "tokenizer":
+    if kind in ("mage", "classifier"):
         check_size(parts, folder)
+    elif kind == "tokenizer" and parts.image_size % 2 ** (len(model["multipliers"]) - 1):
+        raise UserError(f"{folder}: damaged: its tokens do not divide pictures of {parts.image_size} px; copy it again")
     return parts
 
 
@@ -194,14 +202,19 @@ def _config(folder: Path) -> dict:
             raise UserError(f"{folder}: format {safe.printable(config['format'])[:40]}, this version reads {FORMAT}")
         facts, size = config.get("facts", {}), config.get("image_size")
         fits = {"kind": config.get("kind") in _KIND_IN, "model": isinstance(config.get("model"), dict)}
-        fits |= {"image_size": type(size) is int and size >= 1, "origin": isinstance(config.get("origin", ""), str)}
+        fits |= {
+            "image_size": type(size) is int and 1 <= size <= _LARGEST,
+            "origin": isinstance(config.get("origin", ""), str),
+        }
         fits |= {f"facts.{key}": isinstance(facts.get(key, ""), str) for key in _STRINGS}
         fits["facts.figures"] = isinstance(facts.get("figures", {}), dict)
+        names = facts.get("classes", [])
+        fits["facts.classes"] = isinstance(names, list) and all(isinstance(name, str) for name in names)
         wrong = [key for key, fit in fits.items() if not fit]
         if wrong:
             raise ValueError(f"config.json: {', '.join(wrong)} missing or not as exported")
         if config["kind"] == "mage" or "sampling" in config:
-            Sampling.model_validate(config.get("sampling"))
+            config["sampling"] = Sampling.model_validate(config.get("sampling")).model_dump()
         return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder}: damaged export ({safe.first_line(error)}); copy it again") from None

@@ -17,10 +17,11 @@ from torch import Tensor
 from mage_ds.errors import UserError
 from mage_ds.interop import safe
 from mage_ds.interop.parts import PATCH, Parts, brief, check, check_size, expected
+from mage_ds.recipes.schema import Sampling
 
 _CODES, _WORDS, _CLASS, _MASK = 1024, 2025, 1100, 2024
 _HEAD_WIDTH, _DECODER_HEADS, _GRID = 64, 16, 16
-_SAMPLING = {"steps": 20, "temperature": 6.0}
+_SAMPLING = Sampling(steps=20, temperature=6.0)
 _TOKENIZER = "vqgan."
 # Inside modules that the model has, but of no effect: the only such one.
 _IDLE = ("token_emb.position_ids",)
@@ -123,7 +124,7 @@ def _finished(kind: str, model: dict, body: dict, tokenizer: Parts | None, setti
         image_size=size,
         origin=f"{path.name}: {words}; {_say_unused(unused)}",
         tokenizer=tokenizer,
-        sampling=dict(_SAMPLING) if kind == "mage" else {},
+        sampling=_SAMPLING.model_dump() if kind == "mage" else {},
         unused=unused,
         foreign=True,
     )

@@ -7,9 +7,10 @@ import torch
 
 from mage_ds.errors import UserError
 from mage_ds.interop.safe import first_line, printable
-from mage_ds.models import Classifier, Mage, Vqgan
+from mage_ds.models import Classifier, Encoder, Mage, Vqgan
 
-MODELS = {"mage": Mage, "tokenizer": Vqgan, "classifier": Classifier}
+MODELS = {"mage": Mage, "tokenizer": Vqgan, "classifier": Classifier, "encoder": Encoder}
+ENCODER = ("encoder", "tokens", "codes", "vocabulary", "dropout")  # of a MAGE's numbers, those of its encoder
 PATCH = 16  # pixels of a token, where no tokenizer came along to tell
 _SHOWN = 4
 
@@ -17,9 +18,10 @@ _SHOWN = 4
 @dataclass(frozen=True)
 class Parts:
     """kind: of MODELS; model: the numbers that build it; weights: its state_dict, in any floating dtype, maybe
-    memory-mapped; image_size: pixels; tokenizer: of a mage or classifier, where it came along; sampling: steps and
-    temperature of a mage; unused: tensors of a foreign file that nothing here uses, by the file's names; foreign:
-    whether it came from the authors' layout; facts: what a model card says, plain values; origin: one line.
+    memory-mapped; image_size: pixels; tokenizer: of a mage or classifier, where it came along; sampling: of a mage,
+    the fields of a recipe's section; unused: tensors of a foreign file that nothing here uses, by the file's names;
+    foreign: whether it came from the authors' layout; facts: what a model card says, and "classes", the names of a
+    mage's labels, plain values; origin: one line.
     """
 
     kind: str
@@ -43,6 +45,13 @@ def expected(kind: str, model: dict, where) -> dict[str, torch.Size]:
         raise UserError(
             f"{where}: its sizes do not build a {kind} ({first_line(error)}); take the file from its source"
         ) from None
+
+
+def encoder_of(parts: Parts) -> Parts:
+    """The encoder alone out of a MAGE."""
+    numbers = {key: parts.model[key] for key in ENCODER}
+    names = expected("encoder", numbers, parts.origin)
+    return Parts("encoder", numbers, {name: parts.weights[name] for name in names}, parts.image_size, parts.origin)
 
 
 def check(weights: dict, shapes: dict[str, torch.Size], surplus: Iterable[str], where) -> None:

@@ -24,6 +24,7 @@ _KNOWN = re.compile(
     r"|torch\._utils _rebuild_(tensor_v2|parameter)|torch(\.cuda)? \w+Storage|torch\.storage \w+Storage"
     r"|torch (Size|device|(u?int|float|bfloat)\d+)"
 )
+_MOST_TENSORS = 20_000
 _PICKLE_BYTES = 2**28  # of the names and settings in a file: a real one has under 2**20
 _REMEDY = "nothing in it was run; take the file from its source again, or have it saved as plain tensors"
 
@@ -70,6 +71,8 @@ def mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, memory-mapped. Raises UserError where it cannot be read or is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
+            if len(file.keys()) > _MOST_TENSORS:
+                raise UserError(f"{path}: claims {len(file.keys()):,} tensors, as no model here has; {_REMEDY}")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path}: damaged safetensors file ({first_line(error)}); copy it again") from None

@@ -6,14 +6,14 @@ import torch
 
 from .adversary import Lpips, PatchGAN
 from .classifier import Classifier
-from .mage import Mage
+from .mage import Decoder, Encoder, Mage
 from .vqgan import Vqgan
 
-__all__ = ["Classifier", "Lpips", "Mage", "PatchGAN", "Vqgan", "initialize"]
+__all__ = ["Classifier", "Decoder", "Encoder", "Lpips", "Mage", "PatchGAN", "Vqgan", "initialize"]
 
 
 @torch.no_grad()
-def initialize(model: Mage | Vqgan | PatchGAN, generator_of: Callable[[str], torch.Generator]) -> None:
+def initialize(model: Mage | Decoder | Vqgan | PatchGAN, generator_of: Callable[[str], torch.Generator]) -> None:
     """Writes every parameter's initial value in place. The model must be whole, not sharded.
 
     generator_of(name) returns that parameter's own CPU generator. Parameters keep their dtype and device.

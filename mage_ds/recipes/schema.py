@@ -152,7 +152,7 @@ class VqganModel(Section):
     )
     blocks: int = _identity("residual blocks of each level", ge=1)
     code_dim: int = _identity("numbers in a code", ge=1)
-    codes: int = _identity("codes in the codebook", ge=2)
+    codes: int = _identity("codes in the codebook", ge=2, le=2**16)  # the most that a token cache holds
 
     def tokens(self, image_size: int) -> int | None:
         """Tokens of a picture, or None where the picture cannot be halved that often."""

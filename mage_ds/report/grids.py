@@ -89,6 +89,22 @@ def mask_overlay(image: np.ndarray, masked: np.ndarray) -> np.ndarray:
     return np.where(covered, checks, image)
 
 
+def touched_tokens(image: np.ndarray, mask: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The picture with a pixel mask in red, the other pixels of the tokens that it touches in orange, and the grid.
+
+    Args: image: uint8 (H, W, 3); mask: bool (H, W); tokens: bool (h, w).
+    """
+    factor = len(image) // len(tokens)
+    inside = tokens.repeat(factor, axis=0).repeat(factor, axis=1)
+    tint = np.where(mask[..., None], (230, 30, 30), (255, 165, 0))
+    tinted = np.where((inside | mask)[..., None], 0.4 * image + 0.6 * tint, image).astype(np.uint8)
+    shown = enlarge(tinted[None], 256)[0]
+    side = factor * len(shown) // len(image)
+    for lines in (shown[::side], shown[:, ::side]):
+        lines[:] = 128
+    return grid(shown[None], captions=[f"hidden: {tokens.sum()} of {tokens.size} tokens"])
+
+
 def loss_curve(metrics: Path, out: Path) -> None:
     """Draws every loss in a metrics.jsonl (keys that end in `loss` or `l1`) against the step, as PNG."""
     curves: dict[str, list] = {}

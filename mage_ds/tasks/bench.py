@@ -8,12 +8,10 @@ from mage_ds import recipes
 from mage_ds.engine import budget, ds_config, memory, planner, process, wrap
 from mage_ds.engine.memory import KINDS
 from mage_ds.errors import UserError
-from mage_ds.models import Vqgan
 from mage_ds.recipes.schema import Recipe
 
 _ACCUMULATED = 2  # micro-batches of a step: gradients then live on as in a real one
 _MIB = 2**20
-_NONE = (0, planner.Line(0, 0))  # no tokenizer: it is measured once, by itself
 _COLUMNS = (*KINDS, "activations", "peak")
 
 
@@ -46,14 +44,15 @@ def scale(name: str, overrides: list[str], *, stages: list[str], checkpointing: 
         for which in checkpointing:
             machine = recipe.machine.model_copy(update={"activation_checkpointing": which})
             measured = _largest(_measure(recipe.model_copy(update={"machine": machine}), config, dtype))
-            planned = budget.kinds(held, activations[which], _NONE, micro)
+            # Frozen models are measured once, by themselves.
+            planned = budget.kinds(held, activations[which], {}, micro)
             planned["activations"] = activations[which].kept(micro)  # without what the backward pass takes beside them
-            planned["peak"] = budget.peak(held, activations[which], _NONE, micro)
+            planned["peak"] = budget.peak(held, activations[which], {}, micro)
             cells = [f"{measured[column] / _MIB:,.1f} / {planned[column] / _MIB:,.1f}" for column in _COLUMNS]
             rate = batch / measured["seconds"]
             cells += [f"{measured['resident'] / _MIB:,.0f}", f"{rate:.3g}"]
             process.say(f"| {config_name} | {which} | {' | '.join(cells)} |")
-    _tokenizer(recipe, dtype, micro)
+    _frozen(recipe, dtype, micro)
 
 
 def _config(recipe: Recipe, name: str, precision: str, world: int) -> dict:
@@ -141,19 +140,16 @@ def _largest(found: dict[str, float]) -> dict[str, float]:
     return {key: max(one[key] for one in every) for key in found}
 
 
-def _tokenizer(recipe: Recipe, dtype: torch.dtype, micro: int) -> None:
-    numbers = planner.tokenizer_of(recipe)
-    if numbers is None:
-        return
-    weights, forward = planner.tokenizer_bytes(recipe, dtype)
-    vqgan = Vqgan(**numbers.model_dump())
-    wrap.initialize_weights(vqgan, recipe.seed)
-    vqgan.to(dtype).requires_grad_(False)
-    size = recipe.inputs.image_size
-    with memory.Live(vqgan.parameters()) as live, torch.no_grad():
-        own = live.now
-        vqgan.tokenize(torch.rand(micro, 3, size, size).to(dtype))
-    process.say(
-        f"\ntokenizer, beside these: weights {own / _MIB:,.1f} / {weights / _MIB:,.1f}, "
-        f"forward {(live.peak - own) / _MIB:,.1f} / {forward(micro) / _MIB:,.1f}"
-    )
+def _frozen(recipe: Recipe, dtype: torch.dtype, micro: int) -> None:
+    planned = planner.frozen_bytes(recipe, dtype)
+    for name, (module, call) in planner.frozen_calls(recipe, dtype).items():
+        wrap.initialize_weights(module, recipe.seed)
+        module.to(dtype).requires_grad_(False)
+        weights, forward = planned[name]
+        with memory.Live(module.parameters()) as live, torch.no_grad():
+            own = live.now
+            call(micro)
+        process.say(
+            f"\n{name}, beside these: weights {own / _MIB:,.1f} / {weights / _MIB:,.1f}, "
+            f"forward {(live.peak - own) / _MIB:,.1f} / {forward(micro) / _MIB:,.1f}"
+        )

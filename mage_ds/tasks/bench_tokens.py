@@ -27,8 +27,9 @@ _BLOCK = 1 << 22  # tokens that are drawn at once
 def tokens(name: str, overrides: list[str], *, data: str, images: int = 16, samples: int, where: str = ".") -> None:
     """Prints images/s of both ways to the same micro-batches of tokens, on the device or in memory, and their ratio.
 
-    Live: `images` pictures of `data` through decoding, crop and a tokenizer of the recipe's size. Cache: random tokens
-    of `samples` pictures in a file below `where`, removed afterwards; freshly written, so the disk is not measured.
+    Live: `images` pictures of `data`, or as many more as fill a micro-batch, through decoding, crop and a tokenizer of
+    the recipe's size. Cache: random tokens of `samples` pictures in a file below `where`, removed afterwards; freshly
+    written, so the disk is not measured.
     Alone or under `deepspeed`: the sum over the ranks. Raises UserError for what cannot be.
     """
     recipe = recipes.load_recipe(name, overrides)

@@ -2,10 +2,9 @@
 
 import copy
 import difflib
-import io
 import json
 import os
-import warnings
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -16,18 +15,21 @@ from mage_ds.errors import UserError
 from mage_ds.evaluation import readable as judge
 from mage_ds.inputs.catalog import Catalog, open_catalog
 from mage_ds.report import pictures, tables
+from mage_ds.sampling import labels
 
 METRICS = ("readable",)
 _MOST = 20_000  # labelled pictures: the judge's fitting time grows with their square
 _BATCH = 64
 _COLUMNS = 20  # classes that a table has room for
+_ASKED = "asked for "
 
 
 def evaluate(source, *, reference, metrics=("readable",), run=None, out=None) -> dict:
     """Judges the pictures of `source`, prints a table, writes results.json into `out` (default: `source`).
 
     Beside them stand the same figures of the reference's validation split and, where the run is known, of its
-    tokenizer's reconstructions, and how many sampled token grids equal that of a training picture (copies).
+    tokenizer's reconstructions, and how many sampled token grids equal that of a training picture (copies). Of pictures
+    that were asked for by class: how many are judged to be of it, in all and of each class.
 
     Args: source: a folder that `sample` made, or any folder of pictures; reference: a data set with labels; run: the
     MAGE run whose tokenizer is used, by default the one that `source`'s manifest names.
@@ -47,7 +49,7 @@ def _evaluate(source: Path, reference: Path, run, out: Path) -> dict:
     made, tokens = _samples(source, manifest)
     train, validation = _labelled(reference)
     classifier = judge.fit(_decoded(train), train.labels)
-    rows = {"samples": _row(classifier, made, train)}
+    rows = _of_samples(judge.readable(classifier, made), manifest or {}, train.classes)
     if validation is not None:
         rows["validation pictures"] = _row(classifier, _decoded(validation), train, validation.labels)
     run, why = _run(run, manifest)
@@ -63,7 +65,7 @@ def _evaluate(source: Path, reference: Path, run, out: Path) -> dict:
             held_out, rebuilt = tokenizer.tokenize(validation)
             rows["reconstructions"] = _row(classifier, rebuilt, train, validation.labels)
             copies["validation pictures"] = judge.share_copied(held_out, known)
-    if tokens is not None and {"run", "checkpoint"} <= manifest.keys():
+    if tokens is not None and manifest.get("run") and manifest.get("checkpoint") is not None:
         folder = retention.folder_of(manifest["run"], manifest["checkpoint"])  # of the run that made them, not --run
         if folder.is_dir() and not retention.pin(folder, f"evaluated in {source}"):
             print(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it", flush=True)
@@ -86,10 +88,28 @@ def _row(classifier, images, train: Catalog, labels=None) -> dict:
     return judge.readable(classifier, images).summary(len(train.classes), labels)
 
 
+def _of_samples(said: judge.Judgement, manifest: dict, classes: list[str]) -> dict:
+    """The rows of the samples: all of them and, where they were asked for by class, those of each class."""
+    if not manifest.get("class_label"):
+        return {"samples": said.summary(len(classes))}
+    asked = labels.parse(manifest["class_label"], 2**31)
+    names = [labels.named(label, manifest.get("classes", [])) for label in asked]
+    # A model whose classes have names may know them in another order than the reference does.
+    known = [classes.index(name) if name in classes else -1 for name in names]
+    wanted = np.resize(known, len(said.label))
+    rows = {"samples": said.summary(len(classes), wanted)}
+    turn = np.arange(len(said.label)) % len(asked)
+    for name in dict.fromkeys(names):
+        chosen = np.isin(turn, [k for k, each in enumerate(names) if each == name])
+        if chosen.any():
+            rows[f"{_ASKED}{name}"] = said.chosen(chosen).summary(len(classes), wanted[chosen])
+    return rows
+
+
 # --- what is read
 
 
-def _samples(source: Path, manifest: dict | None) -> tuple[list, np.ndarray | None]:
+def _samples(source: Path, manifest: dict | None) -> tuple[Iterable, np.ndarray | None]:
     """The pictures to be judged, unselected, and their tokens where `sample` made them."""
     if manifest is None:
         if (source / "recipe.yaml").is_file():
@@ -101,9 +121,8 @@ def _samples(source: Path, manifest: dict | None) -> tuple[list, np.ndarray | No
     if not manifest["complete"]:
         raise UserError(f"{source}: its pictures are not complete; start the same `mage-ds sample` again")
     try:
-        made = [_open(path.read_bytes(), path) for path in pictures.numbered(source, manifest["num"])]
         with np.load(source / "tokens.npz", allow_pickle=False) as file:
-            return made, file["tokens"]
+            return pictures.read(source, manifest), file["tokens"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{source}: {error}; start the same `mage-ds sample` again") from None
 
@@ -127,19 +146,7 @@ def _labelled(reference: Path) -> tuple[Catalog, Catalog | None]:
 
 
 def _decoded(catalog: Catalog) -> list[np.ndarray]:
-    return [_open(catalog.read(i), catalog.path(i)) for i in range(catalog.n)]
-
-
-def _open(data: bytes, path: Path) -> np.ndarray:
-    """uint8 (H, W, 3)."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: is no readable picture ({error}); find all with `mage-ds prepare`") from None
+    return [pictures.decoded(catalog.read(i), catalog.path(i)) for i in range(catalog.n)]
 
 
 def _run(run, manifest: dict | None) -> tuple[Path | None, str]:
@@ -149,8 +156,10 @@ def _run(run, manifest: dict | None) -> tuple[Path | None, str]:
     named = Path(manifest["run"]) if manifest and manifest.get("run") else None
     if named is None:
         return None, "no reconstructions and copies: name the run with --run"
-    if not (named / "tokenizer").is_dir():
+    if not named.exists():
         return None, f"no reconstructions and copies: {named} is gone; name the run with --run"
+    if not (named / "recipe.yaml").is_file():
+        return None, f"no reconstructions and copies: {named} is no run; name the one it is from with --run"
     return named, ""
 
 
@@ -197,12 +206,17 @@ def _table(rows: dict, classes: list[str], copies: dict, remark: str) -> str:
     classes = classes if len(classes) <= _COLUMNS else []
     head = ["", "pictures", "readable", "right", *classes]
     lines = [head]
+    many = sum(name.startswith(_ASKED) for name in rows) > _COLUMNS
     for name, row in rows.items():
+        if name.startswith(_ASKED) and many:
+            continue
         right = f"{row['right']:.1%}" if "right" in row else "-"
         shares = [f"{share:.1%}" for share in row["classes"][: len(classes)]]
         lines.append([name, str(row["pictures"]), f"{row['readable']:.1%}", right, *shares])
     text = [tables.aligned(lines)]
-    text.append(f"(readable: judged with confidence > {judge.THRESHOLD}; right: judged as labelled; {shown})")
+    text.append(
+        f"(readable: judged with confidence > {judge.THRESHOLD}; right: judged as labelled or asked for; {shown})"
+    )
     if copies:
         parts = ", ".join(f"{share:.1%} of the {name}" for name, share in copies.items())
         text.append(f"token grids that equal a training picture's: {parts}")

@@ -30,7 +30,8 @@ def export(
     Args: dtype: float32 or bf16 (a tokenizer beside the model and a codebook stay float32); layout: "ours",
     safetensors with config.json and a model card, or "official", one file of the authors' layout and the card;
     checkpoint: a run's step, by default the newest; it is pinned; licence: for the card.
-    Raises: UserError for a source that cannot be opened, an `out` that exists, or a disk without room.
+    Raises: UserError for a source that cannot be opened, or not be said in the layout, an `out` that exists, or a
+    disk without room.
     """
     source, out = Path(source), Path(out)
     if layout == "official" and dtype != "float32":
@@ -50,6 +51,7 @@ def export(
             parts = stored.open_parts(source, checkpoint, advance)
     else:
         parts = stored.open_parts(source, checkpoint)
+    _refuse(parts, source, layout)
     if licence is not None:
         parts = replace(parts, facts=parts.facts | {"licence": licence})
     _write(parts, out, dtype, layout)
@@ -66,6 +68,16 @@ def convert(source, out) -> None:
             f"{source}: is a folder; `convert` takes a file of the authors' layout, `export` a run or export"
         )
     export(source, out)
+
+
+def _refuse(parts: Parts, source: Path, layout: str) -> None:
+    if parts.kind == "encoder":
+        raise UserError(f"{source}: is an encoder alone, part of a run; export the run, or copy the folder as it is")
+    if layout == "official" and parts.kind == "mage" and parts.model.get("classes"):
+        raise UserError(
+            f"--layout official: {source} takes labels of {parts.model['classes']} classes, which the authors' layout "
+            "has no place for; leave it out"
+        )
 
 
 def _refuse_existing(out: Path) -> None:

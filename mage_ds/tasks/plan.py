@@ -78,7 +78,7 @@ def table(recipe: Recipe, sizes: list[int], precision: str, gpus: int, memory: f
     """
     dtype = ds_config.dtype_of(precision)
     activations = planner.activations(recipe, dtype, gpu=True)
-    tokenizer = planner.tokenizer_bytes(recipe, dtype)
+    frozen = planner.frozen_bytes(recipe, dtype)
     micros = _micro_batches(recipe, gpus)
     rows = []
     for name in _NAMES[1:] if precision == "bf16" else _NAMES:
@@ -87,7 +87,7 @@ def table(recipe: Recipe, sizes: list[int], precision: str, gpus: int, memory: f
             continue
         held = budget.held(sizes, zero, precision=precision, world=gpus)
         for which in planner.CHECKPOINTING:
-            rows.append(_row(name, which, held, activations[which], tokenizer, micros, memory * _USABLE))
+            rows.append(_row(name, which, held, activations[which], frozen, micros, memory * _USABLE))
     return rows
 
 
@@ -103,10 +103,10 @@ def _micro_batches(recipe: Recipe, gpus: int) -> list[int]:
     return [size for size in range(each, 0, -1) if each % size == 0]
 
 
-def _row(name, which, held, activations, tokenizer, micros, usable) -> Row:
+def _row(name, which, held, activations, frozen, micros, usable) -> Row:
     for micro in micros:
-        kinds = budget.kinds(held, activations, tokenizer, micro)
-        total = budget.peak(held, activations, tokenizer, micro)
+        kinds = budget.kinds(held, activations, frozen, micro)
+        total = budget.peak(held, activations, frozen, micro)
         if total <= usable:
             break
     return Row(name, which, micro, kinds, total, sum(held.host.values()), total <= usable)
@@ -135,13 +135,13 @@ def _head(recipe, sizes, precision, gpus, gpu_memory) -> list[str]:
         f"parameters   {sum(sizes):,}",
         f"one step     {recipe.batch} images = {recipe.batch // gpus} on each of {gpus} GPUs",
         f"memory       GiB on a GPU of {gpu_memory:g} ({_USABLE:.0%} usable), {precision}, at the largest micro batch",
-        "             that fits; the peak can be less than the sum: tokenizer, backward and update come in turn",
+        "             that fits; the peak can be less than the sum: frozen models, backward and update come in turn",
         "",
     ]
 
 
 def _shown(rows: list[Row]) -> list[str]:
-    kinds = (*KINDS, "activations", "tokenizer")
+    kinds = (*KINDS, "activations", "frozen")
     lines = [f"{'config':14} {'checkpointing':13} {'micro':>6}" + "".join(f"{kind:>12}" for kind in kinds)]
     lines[0] += f"{'peak':>8}{'host':>8}  fits"
     for row in rows:
@@ -158,10 +158,13 @@ def _time(recipe, samples, gpus, mfu, peak, price) -> list[str]:
     steps, _, _ = recipes.schedule(recipe, samples)
     flops = planner.flops_per_image(recipe)
     used = _ASSUMED_MFU if mfu is None else mfu
+    parts = ["forward and backward"]
+    if recipe.task == "pretrain":
+        parts += ["the frozen encoder"] * (recipe.model.classes is not None) + ["the tokenizer's encoder"]
     hours = steps * recipe.batch * flops / (gpus * peak * 1e12 * used) / 3600
     how = "MFU assumed: a short run's metrics.jsonl has it, for --mfu" if mfu is None else "MFU as given"
     lines = [
-        f"operations   {flops / 1e9:,.1f} GFLOP an image (forward and backward, and the tokenizer's encoder)",
+        f"operations   {flops / 1e9:,.1f} GFLOP an image ({', '.join(parts)})",
         f"time         {hours / 24:,.2f} days: {steps:,} steps on {samples:,} pictures, "
         f"at {used:.0%} of {peak:g} TFLOP/s ({how})",
     ]
@@ -215,11 +218,13 @@ def _command(name, overrides, recipe, row, gpus, hosts, precision) -> list[str]:
         each for each in overrides if not each.startswith(("machine.activation_checkpointing=", "machine.micro_batch="))
     ]
     words = [name, *kept, f"machine.activation_checkpointing={row.checkpointing}"]
-    tokenizer = " --tokenizer TOKENIZER" if recipe.task == "pretrain" else ""
+    given = ""
+    if recipe.task == "pretrain":
+        given = " --tokenizer TOKENIZER" if recipe.model.classes is None else " --init MAGE"
     lines = [
         f"deepspeed {front} --module mage_ds train {shlex.join(words)} \\",
         f"    --precision {precision} --micro-batch {row.micro_batch} --deepspeed_config {row.name} \\",
-        f"    --data DATA{tokenizer} --out RUN",
+        f"    --data DATA{given} --out RUN",
     ]
     if hosts > 1:
         lines.append(f"(HOSTFILE: {hosts} lines `NAME slots={gpus // hosts}`, see hostfile.example)")

@@ -1,5 +1,10 @@
-"""Pre-training of MAGE (paper sections 3 and 4, Table 10): pictures -> tokens -> masks -> logits -> loss."""
+"""Training of MAGE (paper sections 3 and 4, Table 10): pictures -> tokens -> masks -> logits -> loss.
 
+Where the recipe's model has classes, the encoder is that of a MAGE which is already trained, and frozen: it stands
+outside of the engine, which is a new decoder that is told each picture's label (paper section 5, Table 1).
+"""
+
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +19,7 @@ from mage_ds.errors import UserError
 from mage_ds.inputs.batch import Batch
 from mage_ds.inputs.catalog import open_catalog
 from mage_ds.inputs.token_cache import TokenCache, brief
-from mage_ds.models import Mage, Vqgan
+from mage_ds.models import Encoder, Vqgan
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import mask_ratio, masks
 from mage_ds.recipes.schema import PretrainRecipe
@@ -30,6 +35,7 @@ def pretrain(
     data: str,
     out: str,
     tokenizer: str | None = None,
+    init: str | None = None,
     deepspeed_config: str | None = None,
     resume: str = "auto",
     extend: bool = False,
@@ -37,8 +43,9 @@ def pretrain(
     """Train a MAGE on the pictures of `data`, into the run folder `out`; continues a run that is there.
 
     data: a folder of pictures, or what `tokenize` made of one. tokenizer: a tokenizer's run folder or tokenizer
-    folder, or "random" (initial values, for trials); a run that exists and a token cache have their own copies.
-    Raises UserError for what cannot be, Stopped after a signal.
+    folder, or "random" (initial values, for trials); a run that exists and a token cache have their own copies. init:
+    what the frozen encoder comes from where the model has classes, a MAGE or an encoder's folder; the tokenizer that
+    lies in it will do. Raises UserError for what cannot be, Stopped after a signal.
     """
     options = Options(Path(out), deepspeed_config, resume, extend)
     process.start()
@@ -46,44 +53,113 @@ def pretrain(
     with run_folder.ending(options.out), watch.armed(recipe.machine.hang_timeout):
         catalog, validation = (open_catalog(data, split, tokens=True) for split in ("train", "val"))
         cached = isinstance(catalog, TokenCache)
-        if cached and tokenizer is None and not (options.out / "tokenizer").is_dir():
-            tokenizer = catalog.root / "tokenizer"
+        encoder, below = _encoder(init, recipe, options.out)
+        if tokenizer is None and not (options.out / "tokenizer").is_dir():
+            came_along = init if below.get("tokenizer") else None
+            tokenizer = catalog.root / "tokenizer" if cached else came_along
         vqgan, info = _tokenizer(tokenizer, recipe, options.out)
+        facts = {"data": catalog.fingerprint, "tokenizer": info["hash"]}
+        copies = {"tokenizer": partial(stored.save_tokenizer, model=vqgan, **_sizes(info))}
+        if encoder is not None:
+            facts |= {"encoder": below["hash"], "classes": _classes(recipe, data, catalog, validation)}
+            copies["encoder"] = partial(stored.save_encoder, model=encoder, **_sizes(below))
+            _warn_of_tokens(below, info["hash"])
         if cached:
             _refuse_others(catalog, recipe, info["hash"], tokenizer or options.out / "tokenizer")
-        with torch.device("meta"):
-            outline = Mage(**recipe.model.model_dump())
         plan = training.plan(
             recipe,
             options,
             dataset=catalog.n,
-            facts={"data": catalog.fingerprint, "tokenizer": info["hash"]},
-            largest=partial(_largest_micro_batch, outline, recipe),
+            facts=facts,
+            largest=partial(_largest_micro_batch, recipe),
         )
         if training.already_done(plan):
             return
         if cached:
             _warn_of_dtype(catalog, plan.precision)
         process.say(f"{catalog.n:,} training pictures, {validation.n if validation else 'no'} held out (val/)")
-        mage = wrap.build(lambda: Mage(**recipe.model.model_dump()), recipe.seed, plan.config)
+        if encoder is not None:
+            process.say(f"encoder: {sum(p.numel() for p in encoder.parameters()):,} parameters, frozen")
+        model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, plan.config)
         opened = training.begin(
             plan,
-            {"mage": mage},
-            save_tokenizer=lambda folder: stored.save_tokenizer(folder, vqgan, info["model"], info["image_size"]),
+            {"mage" if encoder is None else "decoder": model},
+            copies=copies,
             flops_per_image=planner.flops_per_image(recipe, cached=cached),
         )
         vqgan = training.frozen(vqgan, plan.dtype)
+        encoder = encoder and training.frozen(encoder, plan.dtype)
         loop.train(
             opened.engines,
             training.stream(plan, catalog),
-            partial(step_fn, recipe=recipe, tokenize=partial(tokenize, vqgan)),
+            partial(step_fn, recipe=recipe, tokenize=partial(tokenize, vqgan), encoder=encoder),
             opened.lr,
             opened.run,
             opened.limits,
-            evaluate=_evaluator(plan, validation, vqgan) if validation else None,
-            pictures=_painter(plan, validation or catalog, vqgan),
+            evaluate=_evaluator(plan, validation, vqgan, encoder) if validation else None,
+            pictures=_painter(plan, validation or catalog, vqgan, encoder),
         )
         opened.run.finish()
+
+
+# --- what lies below the model that is trained
+
+
+def _sizes(info: dict) -> dict:
+    return {"numbers": info["model"], "image_size": info["image_size"]}
+
+
+def _encoder(init: str | None, recipe: PretrainRecipe, out: Path) -> tuple[Encoder | None, dict]:
+    """The frozen encoder that the command line names, or the run's own, and what it is; None and nothing where the
+    whole model is trained. UserError where its sizes are not the recipe's."""
+    if recipe.model.classes is None:
+        return None, {}
+    if init is None and not (out / "encoder").is_dir():
+        raise UserError(
+            f"--init is missing: model.classes = {recipe.model.classes} trains a decoder on the encoder of a trained "
+            "MAGE; give its run folder, an export or a file of the authors'"
+        )
+    path = init or out / "encoder"
+    encoder, info = stored.load_encoder(Path(path))
+    asked = recipe.model.model_dump()
+    for key in ("encoder", "tokens", "codes", "vocabulary"):
+        if info["model"][key] != asked[key]:
+            theirs, ours = json.dumps(info["model"][key]).replace('"', ""), json.dumps(asked[key]).replace('"', "")
+            raise UserError(
+                f"--init {path}: its {key} is {theirs}, the recipe's model.{key} is {ours}; choose another MAGE, or "
+                f'add "model.{key}={theirs}"'
+            )
+    return encoder, info
+
+
+def _classes(recipe: PretrainRecipe, data: str, *splits) -> list[str]:
+    """The names of the labels. UserError where there are none, or more than the model has."""
+    names, most = splits[0].classes, recipe.model.classes
+    labels = [int(split.labels.max(initial=-1)) for split in splits if split is not None]
+    count = max(len(names), 1 + max(labels))
+    if not names or labels[0] < 0:
+        raise UserError(
+            f"--data {data}: has no classes, and model.classes = {most} needs labels; sort the pictures into class "
+            "folders, or give the tars .cls files"
+        )
+    if count > most:
+        raise UserError(
+            f'--data {data}: has {count} classes, the recipe\'s model.classes is {most}; add "model.classes={count}"'
+        )
+    if count < most:
+        process.say(
+            f"{count} classes; model.classes = {most} leaves room for {most - count} that nothing is learned of"
+        )
+    return names
+
+
+def _warn_of_tokens(below: dict, tokenizer: str) -> None:
+    """An encoder understands the codes that it was trained on; of another tokenizer they mean something else."""
+    if below["tokenizer"] not in (None, tokenizer):
+        process.say(
+            f"WARNING: the encoder was trained with another tokenizer ({below['tokenizer'][:12]}) than this training "
+            f"({tokenizer[:12]}): unless their codes are the same, it will learn little"
+        )
 
 
 def _tokenizer(tokenizer: str | None, recipe: PretrainRecipe, out: Path) -> tuple[Vqgan, dict]:
@@ -166,32 +242,50 @@ def draw_masks(recipe: PretrainRecipe, index: np.ndarray, epoch: np.ndarray, dev
     return masked.to(device, non_blocking=True), keep.to(device, non_blocking=True), ratio
 
 
-def step_fn(engines, batch, step, *, recipe: PretrainRecipe, tokenize):
+def told_labels(recipe: PretrainRecipe, batch: Batch) -> torch.Tensor:
+    """The labels (B,) that the decoder is told: of a share of the samples none (-1), keyed, so that it also learns to
+    do without and its pictures can be guided."""
+    withheld = keyed.uniform(recipe.seed, "label", batch.index, batch.epoch)[:, 0] < recipe.label_dropout
+    return batch.labels.masked_fill(torch.from_numpy(withheld).to(batch.labels.device, non_blocking=True), -1)
+
+
+def predict(engines, encoder: Encoder | None, tokens, masked, keep=None, labels=None, guidance=None) -> torch.Tensor:
+    """Logits (B, N, codes) as `Mage.forward` gives them: by one engine, or by one behind the frozen encoder."""
+    if encoder is None:
+        return engines["mage"](tokens, masked, keep)
+    with torch.no_grad():
+        x, words = encoder(tokens, masked, keep), encoder.code_vectors()
+    return engines["decoder"](x, masked, keep, words, labels, guidance)
+
+
+def step_fn(engines, batch, step, *, recipe: PretrainRecipe, tokenize, encoder: Encoder | None = None):
     """One micro-batch: the loss is the sum of the samples' losses over the micro batch's size (architecture 4.5)."""
     tokens = tokens_of(batch, tokenize)
     masked, keep, _ = draw_masks(recipe, batch.index, batch.epoch, tokens.device)
-    logits = engines["mage"](tokens, masked, keep)
+    labels = None if encoder is None else told_labels(recipe, batch)
+    logits = predict(engines, encoder, tokens, masked, keep, labels)
     losses, top1 = token_loss(logits, tokens, masked, recipe.label_smoothing)
     loss = (losses * batch.valid).mean()
-    yield "mage", loss, {"loss": loss, "top1": (top1 * batch.valid).mean()}
+    yield next(iter(engines)), loss, {"loss": loss, "top1": (top1 * batch.valid).mean()}
 
 
 # --- held-out figures and pictures
 
 
-def _evaluator(plan: Plan, catalog, vqgan: Vqgan):
-    """evaluate(engines, step): loss and top1 on held-out pictures under masks that are always the same."""
+def _evaluator(plan: Plan, catalog, vqgan: Vqgan, encoder: Encoder | None):
+    """evaluate(engines, step): loss and top1 on held-out pictures under masks that are always the same; a decoder is
+    told every label."""
     recipe = plan.recipe
 
     def evaluate(engines, step) -> dict[str, float]:
-        engine = engines["mage"]
+        [engine] = engines.values()
         engine.eval()
         sums = torch.zeros(len(_BANDS), 3, dtype=torch.float64)  # a row a band, the last for all: n, loss, top1
         for batch, counts in held_out.batches(plan, catalog):
             tokens = tokens_of(batch, partial(tokenize, vqgan))
             masked, keep, ratio = draw_masks(recipe, batch.index, batch.epoch, tokens.device, "held-out mask")
             with torch.no_grad():
-                logits = engine(tokens, masked, keep)
+                logits = predict(engines, encoder, tokens, masked, keep, batch.labels)
             loss, top1 = token_loss(logits, tokens, masked, recipe.label_smoothing)
             rows = torch.stack([torch.ones_like(ratio), loss.double().cpu(), top1.double().cpu()], dim=1)
             rows *= counts[:, None]
@@ -212,24 +306,26 @@ def _figures(sums: torch.Tensor) -> dict[str, float]:
     return figures
 
 
-def _painter(plan: Plan, catalog, vqgan: Vqgan):
+def _painter(plan: Plan, catalog, vqgan: Vqgan, encoder: Encoder | None):
     """pictures(engines, step): originals (a cache has none), reconstructions, masked input, prediction, and samples,
-    on one sheet."""
+    those of a decoder of the labels of the originals, on one sheet."""
     recipe = plan.recipe
 
     def paint(engines, step) -> np.ndarray:
-        engine = engines["mage"]
+        [engine] = engines.values()
         engine.eval()
         batch = held_out.shown(plan, catalog, _SHOWN)
         tokens = tokens_of(batch, partial(tokenize, vqgan))
         masked, _, _ = draw_masks(recipe, batch.index, batch.epoch, tokens.device, "shown mask")
         with torch.no_grad():
-            filled = torch.where(masked, engine(tokens, masked).argmax(-1), tokens)
+            logits = predict(engines, encoder, tokens, masked, labels=batch.labels)
+            filled = torch.where(masked, logits.argmax(-1), tokens)
             sampled = decode(
-                held_out.stoppable(engine),
+                held_out.stoppable(partial(predict, engines, encoder)),
                 torch.zeros_like(tokens),
                 torch.ones_like(masked),
                 noise=keyed_noise(recipe.seed, batch.index, recipe.model.tokens),
+                labels=None if encoder is None else batch.labels,
                 **recipe.sampling.model_dump(),
             )
             rebuilt, predicted, samples = (pixels(vqgan.detokenize(grid).float()) for grid in (tokens, filled, sampled))
@@ -247,14 +343,11 @@ def _painter(plan: Plan, catalog, vqgan: Vqgan):
 # --- what an image costs
 
 
-def _inputs_on_meta(recipe: PretrainRecipe):
-    tokens = torch.zeros(1, recipe.model.tokens, dtype=torch.int64, device="meta")
-    noise = torch.zeros(1, recipe.model.tokens, dtype=torch.float64, device="meta")
-    masked, keep = masks(noise, torch.zeros(1, dtype=torch.float64, device="meta"), recipe.masking.drop)
-    return tokens, masked, keep
-
-
-def _largest_micro_batch(outline: Mage, recipe: PretrainRecipe) -> int:
+def _largest_micro_batch(recipe: PretrainRecipe) -> int:
     me = process.start()
-    kept = planner.activation_bytes(lambda: outline(*_inputs_on_meta(recipe)), outline)
+    with torch.device("meta"):
+        model = planner.model_of(recipe)
+    kept = planner.activation_bytes(
+        lambda: planner.mage_on_made_inputs(recipe, model, 1, torch.float32, "meta")[0], model
+    )
     return planner.largest_micro_batch(kept, me.device, me.local_world)

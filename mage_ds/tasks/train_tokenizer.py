@@ -1,6 +1,7 @@
 """Training of a tokenizer (VQGAN, paper section 1): pixels, LPIPS, codebook, and a discriminator where it has one."""
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +24,10 @@ from mage_ds.engine import (
     wrap,
 )
 from mage_ds.engine.adversarial import Opponent
+from mage_ds.engine.tally import SHOWN, Tally, block
 from mage_ds.engine.training import Options, Plan
 from mage_ds.errors import UserError
-from mage_ds.evaluation.features import WIDTH, load_inception
-from mage_ds.evaluation.moments import Moments, frechet
-from mage_ds.evaluation.reconstruction import Sums, Worst
+from mage_ds.evaluation.features import load_inception
 from mage_ds.inputs.catalog import open_catalog
 from mage_ds.interop.lpips import load_lpips
 from mage_ds.models import Vqgan
@@ -35,8 +35,6 @@ from mage_ds.models.adversary import Lpips, PatchGAN
 from mage_ds.recipes.schema import TokenizerRecipe
 from mage_ds.report import grids
 from mage_ds.sampling.decode import pixels
-
-_SHOWN = 8  # pictures in a row of the picture sheet
 
 
 def train_tokenizer(
@@ -157,16 +155,19 @@ def _codebook_from_data(vqgan: Vqgan, plan: Plan, catalog) -> None:
     """Draw the first codes from the untrained encoder's outputs on the first samples of the stream.
 
     Written before any engine exists, so it is the initial value of every copy and shard. Every rank starts from
-    its own samples; the engine then takes rank 0's values.
+    its own samples; the engine then takes rank 0's values. Where two epochs hold no picture that can be read, the
+    first values stay: the training says what is wrong.
     """
-    source, points = training.stream(plan, catalog, listed=False)(0), []
-    codes = plan.recipe.model.codes
-    with torch.no_grad():
+    source, points, unread = training.stream(plan, catalog, listed=False)(0), [], 0
+    codes, together = plan.recipe.model.codes, plan.share.micro_batch * process.start().world
+    with torch.no_grad(), closing(source):
         while sum(len(some) for some in points) < 4 * codes:
             batch = next(source)
             z = vqgan.encode(batch.images[batch.valid > 0, 0].float() / 255)
             points.append(z.flatten(2).transpose(1, 2).flatten(0, 1))
-        source.close()
+            unread = 0 if len(z) else unread + together
+            if unread >= 2 * catalog.n:
+                return
         points = torch.cat(points)
         chosen = keyed.permutation(plan.recipe.seed, "codebook", 0, len(points))[:codes]
         vqgan.quantize.embedding.weight.copy_(points[torch.from_numpy(chosen)])
@@ -190,7 +191,7 @@ class Step:
         self.usage = codebook.Usage(plan.recipe.model.codes, process.start().device)
         if plan.recipe.reseed_after:
             self.usage.attach(vqgan)
-            vqgan.quantize.register_forward_pre_hook(self._keep_z)
+            vqgan.quantize.register_forward_hook(self._keep_z)
 
     def __call__(self, engines, batch, step):
         """One micro-batch: each loss is the sum of the samples' losses over its size (architecture 4.5)."""
@@ -229,13 +230,15 @@ class Step:
             codebook.reseed(engines["tokenizer"], self.usage, self._points, self.recipe.seed, step, after)
         return self.usage.figures()
 
-    def _keep_z(self, quantizer, inputs: tuple[torch.Tensor]) -> None:
+    def _keep_z(self, quantizer, inputs: tuple[torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> None:
         if torch.is_grad_enabled():
-            self._z = inputs[0].detach()
+            self._z = inputs[0].detach(), outputs[0].detach()
 
-    def _points(self) -> torch.Tensor:
-        """The encoder's outputs in the last micro-batch, (n N, D); of placeholders none."""
-        return self._z[self._valid].flatten(2).transpose(1, 2).flatten(0, 1)
+    def _points(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder's outputs in the last micro-batch, (n N, D), and the squared distance of each to its code (n N,);
+        of placeholders none."""
+        z, codes = (each[self._valid].flatten(2).transpose(1, 2).flatten(0, 1).float() for each in self._z)
+        return z, (z - codes).square().sum(dim=1)
 
 
 # --- held-out figures and pictures
@@ -255,65 +258,35 @@ class HeldOut:
 
     def evaluate(self, engines, step: int) -> dict[str, float]:
         """l1, PSNR, SSIM and use of the codes; LPIPS and rFID where their networks are there."""
-        engine, device, recipe = engines["tokenizer"], process.start().device, self.plan.recipe
-        sums, worst = Sums(recipe.model.codes, device), Worst(_SHOWN)
-        moments = [Moments(WIDTH, device) for _ in range(2)] if self.inception else []
+        engine = engines["tokenizer"]
+        tally = Tally(self.plan.recipe.model.codes, process.start().device, self.lpips, self.inception)
         engine.eval()
         with torch.no_grad():
-            for batch, counts in held_out.batches(self.plan, self.validation):
-                images, originals = batch.images[:, 0].float() / 255, batch.images[:, 0]
-                drawn, tokens, *_ = engine(images.to(self.plan.dtype))
-                drawn = drawn.float().clamp(0, 1)
-                lpips = self.lpips(images, drawn) if self.lpips else None
-                each = sums.add(images, drawn, tokens, counts, lpips)
-                remade = (drawn * 255).round().to(torch.uint8)  # as `evaluate` measures it
-                for sum_, pictures in zip(moments, (originals, remade), strict=False):
-                    sum_.add(self.inception(pictures)[0][counts.to(device)])
-                index = np.where(counts.numpy(), batch.index, -1)
-                worst.add(index, -each["psnr"], _Rows(originals), _Rows(remade))
+            for batch, _ in held_out.batches(self.plan, self.validation):
+                drawn, tokens, *_ = engine((batch.images[:, 0].float() / 255).to(self.plan.dtype))
+                tally.add(batch, drawn, tokens)
         engine.train()
-        for total in (sums.total, *(each.total for each in moments)):
-            process.sum_over_ranks(total)
-        self._keep_worst(worst, step)
-        figures = {key: value for key, value in sums.figures().items() if key != "n"}
-        if moments and moments[0].n > 1 and process.start().first:  # seconds of work, which one rank logs
-            figures["rfid"] = frechet(*(each.gaussian() for each in moments))
-        return {f"val_{key}": value for key, value in figures.items()}
-
-    def _keep_worst(self, worst: Worst, step: int) -> None:
-        of_all = Worst(_SHOWN)
-        for kept in process.gather_objects(worst.kept):
-            of_all.merge(kept)
-        self._worst, self._measured = of_all.kept, step
+        figures = tally.finish()
+        self._worst, self._measured = tally.worst.kept, step
+        # Always the same: the number of pictures, and what has nothing to do with the tokenizer.
+        return {f"val_{key}": value for key, value in figures.items() if key not in ("n", "psnr_flat")}
 
     def draw(self, engines, step: int) -> np.ndarray:
-        """Originals above their reconstructions, and so the worst of the held-out split."""
-        if self.validation and self._measured != step:
-            self.evaluate(engines, step)
-        engine, count = engines["tokenizer"], min(_SHOWN, self.shown.n)
+        """Originals above their reconstructions; so the worst of the split as of this process's last evaluation, where
+        it has made one: nothing is measured for the sake of a picture."""
+        engine, count = engines["tokenizer"], min(SHOWN, self.shown.n)
         columns = max(count, len(self._worst))
         engine.eval()
-        images = held_out.shown(self.plan, self.shown, _SHOWN).images[:, 0]
+        images = held_out.shown(self.plan, self.shown, SHOWN).images[:, 0]
         with torch.no_grad():
             drawn, *_ = engine((images.float() / 255).to(self.plan.dtype))
         engine.train()
         rows = {"originals": images.permute(0, 2, 3, 1).cpu().numpy(), "reconstructed": pixels(drawn)}
-        blocks = [(*held_out.join(rows, count).values(), [""] * count)]
+        blocks = [("originals", *held_out.join(rows, count).values(), [""] * count)]
         if self._worst:
-            pictures = map(np.stack, zip(*(each.things for each in self._worst), strict=True))
-            blocks.append((*pictures, [f"{-each.error:.1f} dB" for each in self._worst]))
-        titles = ("originals", "worst originals")
-        return grids.pairs([(title, *block) for title, block in zip(titles, blocks, strict=False)], columns)
-
-
-class _Rows:
-    """Pictures (B, 3, H, W) of which single ones are fetched from the device: uint8 (H, W, 3)."""
-
-    def __init__(self, images: torch.Tensor):
-        self._images = images
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self._images[row].permute(1, 2, 0).contiguous().cpu().numpy()
+            when = "" if self._measured == step else f" after step {self._measured}"
+            blocks.append((f"worst originals{when}", *block(self._worst)))
+        return grids.pairs(blocks, columns)
 
 
 def _largest_micro_batch(recipe: TokenizerRecipe) -> int:

@@ -14,6 +14,7 @@ from slurm import Cluster, missing
 pytestmark = [pytest.mark.full, pytest.mark.processes, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "slurm_train.sbatch"
+SAMPLE = SCRIPT.with_name("slurm_sample.sbatch")
 # What the head asks for and this machine lacks; two nodes, one rank on each.
 HERE = ["--partition=main", "--account=none", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1"]
 ASK = """
@@ -176,3 +177,27 @@ def test_a_sweep_trains_each_line_of_a_file(cluster, line, tmp_path):
         assert f"seed: {seed}\n" in recipe and f"depth: {depth}" in recipe
     assert "SWEEP=sweep.txt: has no line 1" in said[1]
     assert not folders[1].exists()
+
+
+def test_an_array_of_two_jobs_makes_one_set(cluster, line, tmp_path):
+    """Each task is one job of two workers on one node; one worker is killed, and the others make its tiles."""
+    mage_ds("train", *line, "duration.steps=2", "--out", tmp_path / "run", cwd=tmp_path)
+    sample = ["run", "-n", "600", "--batch", "4", "--class-label", "1"]
+    job = cluster.submit(*HERE, SAMPLE, *sample, "--out", "refused", cwd=tmp_path)
+    facts = job.ended()
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), job.output
+    assert "--class-label 1: run knows no classes" in job.output and not (tmp_path / "refused").exists()
+
+    sample = [*sample[:-2], "--format", "tar"]
+    mage_ds("sample", *sample, "--out", "by_one", cwd=tmp_path)
+    here = [*HERE, "--ntasks-per-node=2", "--array=1-2"]
+    jobs = cluster.submit(*here, SAMPLE, *sample, "--out", "by_four", cwd=tmp_path)
+    jobs.until(lambda: len(list((tmp_path / "by_four" / ".tiles").glob("*"))) > 2)
+    os.kill(cluster.rank(1), signal.SIGKILL)
+    jobs.until(lambda: not cluster.squeue(), 300)
+    said = [(tmp_path / f"slurm-{jobs.number}_{task}.out").read_text() for task in (1, 2)]
+    assert sum("600 pictures in by_four" in each for each in said) >= 1, said
+    one, four = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).glob("*") if p.is_file()} for name in ("by_one", "by_four")
+    )
+    assert one == four and "00000.tar" in one

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def start(folder: Path) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-    command = ["bash", str(ROOT / "launch" / "quickstart.sh"), str(folder)]
+    command = ["bash", str(ROOT / "launch" / "quickstart.sh"), "--classes", str(folder)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
 
 
@@ -30,6 +30,8 @@ def test_goal(tmp_path):
     assert min(samples["classes"]) >= 0.04
     assert len(samples["classes"]) == 10
     assert len(list((tmp_path / "q" / "samples").glob("[0-9]*.png"))) == 256
+    results = json.loads((tmp_path / "q" / "samples_by_class" / "results.json").read_text())
+    assert results["readable"]["rows"]["samples"]["right"] >= 0.85  # read as the digit that was asked for
     # Every file that the closing screen names is there.
     words = [word for word in first.stdout.split() if word.startswith(str(tmp_path))]
     named = [word for word in words if word.endswith((".png", ".json"))]

@@ -50,11 +50,11 @@ def train_step(engine, step: int, factor: float = 1.0) -> torch.Tensor:
             return tokens
 
 
-def points_of(rank: int) -> torch.Tensor:
-    """Forty points; two of them no numbers."""
+def points_of(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forty points, two of them no numbers, and their squared distances, one of them 0."""
     points = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(rank))
     points[3, 2], points[8] = torch.nan, torch.inf
-    return points
+    return points, torch.linspace(0, 3, 40)
 
 
 def reseeded(stage: int, precision: str) -> dict:

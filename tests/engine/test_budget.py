@@ -63,10 +63,10 @@ def test_shares_are_joined_when_a_pass_ends():
     share = 4 * budget._straddled(SIZES, 4)
     assert (joined.passing, plain.passing) == (share, 0)
     none = planner.Activations(planner.Line(0, 0), planner.Line(0, 0))
-    kinds = budget.kinds(joined, none, (0, planner.Line(0, 0)), 1)
+    kinds = budget.kinds(joined, none, {}, 1)
     assert kinds["buffers"] == joined.device["buffers"] + share
     lasting = sum(joined.device.values()) + joined.reducing
-    assert budget.peak(joined, none, (0, planner.Line(0, 0)), 1) == lasting + share
+    assert budget.peak(joined, none, {}, 1) == lasting + share
 
 
 def test_offload_moves_to_the_host():
@@ -95,3 +95,11 @@ def test_sent():
 
 def test_on_disk():
     assert budget.on_disk(COUNT) == 12 * COUNT
+
+
+def test_frozen_models_lie_beside_each_other_and_run_in_turn():
+    none = planner.Activations(planner.Line(0, 0), planner.Line(0, 0))
+    frozen = {"encoder": (300, planner.Line(10, 1)), "tokenizer": (50, planner.Line(0, 100))}
+    empty = budget.Held(dict.fromkeys(budget.KINDS, 0.0), {}, 0.0)
+    assert budget.kinds(empty, none, frozen, 2)["frozen"] == budget.peak(empty, none, frozen, 2) == 350 + 200
+    assert budget.kinds(empty, none, {}, 2)["frozen"] == 0

@@ -8,6 +8,7 @@ import tiny
 import torch
 from codebook_ranks import AFTER, CODES, DEAD, MODES, WIDTH
 from conftest import ended, found, start_ranks
+from scipy import stats
 
 from mage_ds.engine import checkpoint, codebook
 
@@ -82,7 +83,7 @@ def compare_reseeded(told: dict, world: int) -> None:
     assert told["others kept"] and told["there after a step"] and told["others moved"] and told["computes"]
     assert told["unused"] == [0 if code in DEAD else AFTER - 3 for code in range(CODES)]
     assert told["due"] == [3, 6]
-    points = [[tuple(row) for row in codebook_ranks.points_of(rank).tolist()] for rank in range(world)]
+    points = [[tuple(row) for row in codebook_ranks.points_of(rank)[0].tolist()] for rank in range(world)]
     rows = [tuple(row) for row in told["rows"]]
     assert len(set(rows)) == len(rows) and all(math.isfinite(value) for row in rows for value in row)
     for rank, shares in enumerate({1: [5], 2: [3, 2]}[world]):
@@ -112,6 +113,22 @@ def written(monkeypatch):
     return calls
 
 
+def even(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return points, torch.ones(len(points))
+
+
+def test_points_are_drawn_by_their_squared_distance(me, written):
+    """One of four points, 4,000 times; the last lies on its code."""
+    points, far = torch.arange(4.0)[:, None].expand(4, WIDTH), torch.tensor([1.0, 2.0, 5.0, 0.0])
+    for step in range(4000):
+        usage = codebook.Usage(CODES, "cpu")
+        usage.unused[DEAD[0]] = 1
+        codebook.reseed(None, usage, lambda: (points, far), 0, step, 1)
+    counts = [sum(float(rows[0, 0]) == value for _, rows in written) for value in range(4)]
+    assert counts[3] == 0
+    assert stats.chisquare(counts[:3], [500, 1000, 2500]).pvalue > 1e-3
+
+
 def test_the_draw_is_a_function_of_seed_and_step(me, written):
     for seed, step in ((1, 3), (1, 3), (2, 3), (1, 4)):
         usage = codebook.Usage(CODES, "cpu")
@@ -125,7 +142,7 @@ def test_the_draw_is_a_function_of_seed_and_step(me, written):
 def test_too_few_points_leave_codes_for_the_next_step(me, written):
     usage = codebook.Usage(CODES, "cpu")
     usage.unused[DEAD] = 4
-    counts = [codebook.reseed(None, usage, lambda: torch.ones(3, WIDTH), 0, step, 4) for step in (8, 9, 10)]
+    counts = [codebook.reseed(None, usage, lambda: even(torch.ones(3, WIDTH)), 0, step, 4) for step in (8, 9, 10)]
     assert counts == [3, 2, 0]
     assert [codes for codes, _ in written] == [DEAD[:3], DEAD[3:]]
 
@@ -133,7 +150,7 @@ def test_too_few_points_leave_codes_for_the_next_step(me, written):
 def test_points_without_a_number_are_no_codes(me, written):
     usage = codebook.Usage(CODES, "cpu")
     usage.unused[DEAD] = 4
-    assert codebook.reseed(None, usage, lambda: torch.full((9, WIDTH), torch.nan), 0, 8, 4) == 0
+    assert codebook.reseed(None, usage, lambda: even(torch.full((9, WIDTH), torch.nan)), 0, 8, 4) == 0
     assert usage.unused[DEAD].tolist() == [4] * len(DEAD)
 
 
@@ -151,7 +168,7 @@ def test_the_host_looks_rarely_and_misses_nothing(me, written):
         plain = [0 if used else unused + 1 for unused, used in zip(plain, usage._totals.tolist(), strict=True)]
         asked.append(not usage.looked <= step < usage.due)
         before = len(written)
-        codebook.reseed(None, usage, lambda: torch.ones(CODES, WIDTH), 0, step, after)
+        codebook.reseed(None, usage, lambda: even(torch.ones(CODES, WIDTH)), 0, step, after)
         dead = [code for code in range(CODES) if plain[code] >= after]
         assert [codes for codes, _ in written[before:]] == ([dead] if dead else [])
         plain = [0 if code in dead else unused for code, unused in enumerate(plain)]

@@ -8,7 +8,6 @@ from mage_ds import recipes
 from mage_ds.engine import memory, planner, wrap
 from mage_ds.models import Mage, Vqgan
 from mage_ds.models.masking import masks
-from mage_ds.tasks import pretrain
 
 
 def outline(numbers):
@@ -28,7 +27,9 @@ def test_forward_flops_of_a_product():
 
 def test_flops_of_vit_base():
     numbers = recipes.load_recipe("pretrain_vit_base", ["model.vocabulary=2025"])
-    forward = planner.forward_flops(lambda: outline(numbers)(*pretrain._inputs_on_meta(numbers)))
+    forward = planner.forward_flops(
+        lambda: planner.mage_on_made_inputs(numbers, outline(numbers), 1, torch.float32, "meta")
+    )
     encoder, decoder = numbers.model.encoder, numbers.model.decoder
     by_hand = encoder.depth * block_flops(129, encoder.width) + decoder.depth * block_flops(257, decoder.width)
     by_hand += 2 * 129 * encoder.width * decoder.width  # into the decoder
@@ -163,3 +164,48 @@ def test_flops_of_a_recipe():
     with torch.device("meta"):
         model, picture = planner.model_of(tokenizer), torch.zeros(1, 3, 32, 32)
     assert planner.flops_per_image(tokenizer) == 3 * planner.forward_flops(lambda: model(picture))
+
+
+# --- a decoder on a frozen encoder
+
+
+def test_flops_of_a_decoder_on_a_frozen_encoder():
+    numbers = recipes.load_recipe("class_conditional_vit_base")
+    encoder, decoder = numbers.model.encoder, numbers.model.decoder
+    below = encoder.depth * block_flops(129, encoder.width)
+    trained = decoder.depth * block_flops(258, decoder.width)  # the class token, 256 places and the label
+    trained += 2 * 129 * encoder.width * decoder.width
+    trained += 2 * 256 * decoder.width * encoder.width + 2 * 256 * encoder.width * 1024
+    assert planner.flops_per_image(numbers, cached=True) == pytest.approx(below + 3 * trained, rel=1e-3)
+    live = planner.flops_per_image(numbers) - planner.flops_per_image(numbers, cached=True)
+    assert live == pytest.approx(128.8e9, rel=0.01)
+
+
+CONDITIONAL = [*SMALL, "model.classes=3", "label_dropout=0.1"]
+
+
+def test_a_decoder_is_what_is_trained_and_its_encoder_counts_as_frozen():
+    numbers = recipes.load_recipe("digits_mage", CONDITIONAL)
+    with torch.device("meta"):
+        whole, encoder = Mage(**numbers.model.model_dump()), planner.encoder_of(numbers)
+    below = sum(p.numel() for p in encoder.parameters())
+    assert sum(planner.parameters(numbers)) == sum(p.numel() for p in whole.parameters()) - below
+    frozen = planner.frozen_bytes(numbers, torch.float32)
+    assert list(frozen) == ["encoder", "tokenizer"] and frozen["encoder"][0] == 4 * below
+    assert list(planner.frozen_bytes(recipes.load_recipe("digits_mage"), torch.float32)) == ["tokenizer"]
+    encoder = planner.encoder_of(numbers).eval()
+    inputs = planner._masked_tokens(numbers, 8, "cpu")
+    with memory.Live(encoder.parameters()) as live, torch.no_grad():
+        weights = live.now
+        encoder(*inputs)
+    assert frozen["encoder"][1](8) == pytest.approx(live.peak - weights, rel=0.05)
+
+
+def test_activations_of_a_decoder():
+    numbers = recipes.load_recipe("digits_mage", CONDITIONAL)
+    planned = planner.activations(numbers, torch.float32, gpu=False)
+    for which in planner.CHECKPOINTING:
+        assert planned[which].kept(5) == pytest.approx(really_kept(numbers, which, 5, torch.float32), rel=0.05)
+    assert planned["none"].kept(5) < planner.activations(
+        recipes.load_recipe("digits_mage", SMALL), torch.float32, gpu=False
+    )["none"].kept(5)

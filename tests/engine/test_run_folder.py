@@ -22,7 +22,7 @@ FACTS = {"data": "pictures A", "tokenizer": "tokenizer A"}
 def out(me, tmp_path):
     """A run folder with a recipe and two checkpoints that are names only."""
     out = tmp_path / "run"
-    run_folder.own(run_folder.create(out, tiny.recipe(), FACTS, {"train_micro_batch_size_per_gpu": 4}, save_tokenizer))
+    run_folder.own(run_folder.create(out, tiny.recipe(), FACTS, {"train_micro_batch_size_per_gpu": 4}, COPIES))
     for step in (3, 12):
         folder = checkpoint.folder_of(out, step)
         folder.mkdir(parents=True)
@@ -38,6 +38,9 @@ def signed(meta: dict) -> dict:
 def save_tokenizer(folder, text="A"):
     folder.mkdir()
     (folder / "weights").write_text(text)
+
+
+COPIES = {"tokenizer": save_tokenizer}
 
 
 def start(out, *overrides, facts=FACTS, resume="auto", extend=False):
@@ -117,11 +120,11 @@ def test_a_start_killed_before_the_recipe_was_written_can_start_again_with_other
     """facts.json and tokenizer/ are there, recipe.yaml is not: nothing was trained, the next start decides."""
     out = tmp_path / "run"
     config = {"train_micro_batch_size_per_gpu": 4}
-    run_folder.create(out, tiny.recipe(), FACTS, config, save_tokenizer)
+    run_folder.create(out, tiny.recipe(), FACTS, config, COPIES)
     (out / "recipe.yaml").unlink()
     other = {"data": "pictures B", "tokenizer": "tokenizer B"}
     assert start(out, "seed=5", facts=other) is None
-    run_folder.create(out, tiny.recipe("seed=5"), other, config, partial(save_tokenizer, text="B"))
+    run_folder.create(out, tiny.recipe("seed=5"), other, config, {"tokenizer": partial(save_tokenizer, text="B")})
     assert json.loads((out / "facts.json").read_text()) == other
     assert (out / "tokenizer" / "weights").read_text() == "B"
     assert start(out, "seed=5", facts=other) is None  # a run without a checkpoint yet
@@ -142,7 +145,9 @@ def test_what_a_run_stands_on(out):
 
 
 def test_the_tokenizer_stays_the_first_one(out):
-    run_folder.create(out, tiny.recipe("duration.steps=30"), FACTS, {}, partial(save_tokenizer, text="other"))
+    run_folder.create(
+        out, tiny.recipe("duration.steps=30"), FACTS, {}, {"tokenizer": partial(save_tokenizer, text="other")}
+    )
     assert (out / "tokenizer" / "weights").read_text() == "A"
     assert run_folder.load_recipe(out).duration.steps == 30
 
@@ -150,7 +155,7 @@ def test_the_tokenizer_stays_the_first_one(out):
 def test_a_folder_that_cannot_be_written(me, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*cannot be written"):
-        run_folder.create(tmp_path / "file" / "run", tiny.recipe(), FACTS, {}, None)
+        run_folder.create(tmp_path / "file" / "run", tiny.recipe(), FACTS, {}, {})
 
 
 # --- metrics
@@ -213,7 +218,7 @@ def test_a_continued_run_has_the_metrics_of_an_uninterrupted_one(me, tmp_path):
 def test_states(me, tmp_path):
     numbers = tiny.recipe("report.checkpoint_every={steps: 100}")
     engine = tiny.engine_of(numbers, 0)
-    run_folder.create(tmp_path, numbers, FACTS, {}, None)
+    run_folder.create(tmp_path, numbers, FACTS, {}, {})
     run = Run(tmp_path, numbers, FACTS, steps=2, dataset=40)
     run.begin(flops_per_image=None, peak_flops=None)
     assert run_folder.read_status(tmp_path) | {"state": "running", "step": 0, "steps": 2} == (
@@ -272,8 +277,8 @@ def test_one_start_at_a_time(out):
     with open(out / ".lock") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training in it"):
-            run_folder.create(out, tiny.recipe(), FACTS, {}, None)
-    run_folder.create(out, tiny.recipe(), FACTS, {}, None)
+            run_folder.create(out, tiny.recipe(), FACTS, {}, {})
+    run_folder.create(out, tiny.recipe(), FACTS, {}, {})
 
 
 def test_a_folder_that_is_no_run_gets_no_status(me, tmp_path):

@@ -157,9 +157,15 @@ def equal(one: dict, two: dict) -> bool:
 # --- the reference: nothing of mage_ds.engine but the initial values
 
 
-def plain(numbers, steps: int, *, precision: str = "float32", skip=()) -> list[float]:
+def whole(model, batch, tokens, masked, keep):
+    return model(tokens, masked, keep)
+
+
+def plain(
+    numbers, steps: int, *, precision: str = "float32", skip=(), model=None, batch_of=batch_at, logits_of=whole
+) -> list[float]:
     """Losses of a plain loop on one process: micro-batch after micro-batch, float32 master weights."""
-    model = Mage(**numbers.model.model_dump())
+    model = model or Mage(**numbers.model.model_dump())
     wrap.initialize_weights(model, numbers.seed)
     masters = {name: p.detach().clone() for name, p in model.named_parameters()}
     if precision == "bf16":
@@ -180,11 +186,11 @@ def plain(numbers, steps: int, *, precision: str = "float32", skip=()) -> list[f
         gradients = {name: torch.zeros_like(value) for name, value in masters.items()}
         total = 0.0
         for g in range(numbers.batch // micro):
-            batch = batch_at(step * numbers.batch + g * micro + np.arange(micro))
+            batch = batch_of(step * numbers.batch + g * micro + np.arange(micro))
             tokens = batch.images[:, 0].long()
             masked, keep, _ = pretrain.draw_masks(numbers, batch.index, batch.epoch, tokens.device)
             torch.manual_seed(keyed.seed_of(numbers.seed, "dropout", step, g))
-            loss, _ = token_loss(model(tokens, masked, keep), tokens, masked, numbers.label_smoothing)
+            loss, _ = token_loss(logits_of(model, batch, tokens, masked, keep), tokens, masked, numbers.label_smoothing)
             model.zero_grad()
             loss.sum().div(numbers.batch).backward()
             total += float(loss.detach().sum()) / numbers.batch

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mage_ds.errors import UserError
+from mage_ds.report import joined, pictures
 from mage_ds.tasks import evaluate as task
 
 
@@ -132,3 +133,34 @@ def test_unfinished_damaged_and_foreign_sources(reference, samples, tmp_path):
     with pytest.raises(UserError) as caught:
         task.evaluate(reference / "val", reference=reference, run=tmp_path / "none")
     one_line(caught, "none")
+
+
+@pytest.mark.parametrize("form", pictures.FORMATS)
+def test_sets_of_any_format_asked_for_by_class(reference, tmp_path, capsys, form):
+    """Of the lying bars (the reference's class 0, the model's class 1) every fourth is drawn upright."""
+    book, rng = pictures.Pictures(tmp_path, form, 4, 0, [0, 1]), np.random.default_rng(3)
+    names = {"class_label": "0..1", "classes": ["upright", "lying"]}
+    pictures.open_folder(book, {**names, "batch": 4, "format": form}, 16)
+    for start in range(0, 16, 4):
+        tile = np.arange(start, start + 4)
+        drawn = np.stack([draw(int(i % 2 == 1 and i % 8 != 1), rng) for i in tile])
+        book.write(tile, 16, np.zeros((4, 4)), drawn)
+    for at in book.due(16):
+        joined.join(book, at, 16)
+    joined.finish(book, 16, names["classes"])
+    book.seal(16)
+    rows = task.evaluate(tmp_path, reference=reference)["readable"]["rows"]
+    assert list(rows) == ["samples", "asked for upright", "asked for lying", "validation pictures"]
+    assert (rows["samples"]["pictures"], rows["samples"]["right"]) == (16, 14 / 16)
+    assert rows["samples"]["classes"] == [6 / 16, 10 / 16]
+    upright, lying = rows["asked for upright"], rows["asked for lying"]
+    assert (upright["pictures"], upright["right"], upright["classes"]) == (8, 1.0, [0.0, 1.0])
+    assert (lying["pictures"], lying["right"], lying["classes"]) == (8, 0.75, [0.75, 0.25])
+    assert "asked for lying" in capsys.readouterr().out
+
+
+def test_a_set_of_a_model_that_is_no_run(reference, samples, tmp_path):
+    (tmp_path / "export").mkdir()
+    manifest = json.loads((samples / "manifest.json").read_text())
+    (samples / "manifest.json").write_text(json.dumps(manifest | {"run": str(tmp_path / "export"), "checkpoint": None}))
+    assert set(task.evaluate(samples, reference=reference)["readable"]["rows"]) == {"samples", "validation pictures"}

@@ -153,6 +153,14 @@ def other_shape(path):
     np.save(path, np.zeros((3, 1), dtype=np.uint16))
 
 
+def open_bracket(path):
+    path.write_bytes(path.read_bytes().replace(b"(23, 3, 4)", b"(23, 3, 4("))
+
+
+def long_header(path):
+    path.write_bytes(b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70_000)
+
+
 def other_seed(path):
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
 
@@ -178,6 +186,8 @@ def with_splits(splits):
         ("train/tokens.npy", cut, "cut off"),
         ("train/tokens.npy", empty, "cut off"),
         ("train/tokens.npy", garbage, "cut off or foreign"),
+        ("train/tokens.npy", open_bracket, "cut off or foreign"),
+        ("train/tokens.npy", long_header, "cut off or foreign"),
         ("train/tokens.npy", gone, "missing"),
         ("train/tokens.npy", other_shape, "instead of uint16 (23, 3, 4)"),
         ("train/labels.npy", cut, "cut off"),

@@ -163,6 +163,18 @@ def test_damaged_configs(tmp_path, parts, spoil, said):
     assert said in str(error.value) and str(folder) in str(error.value) and str(error.value).isprintable()
 
 
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (change(image_size=17), "its tokens do not divide pictures of 17 px"),
+        (change(image_size=10**12), "image_size missing or not as exported"),
+        (lambda c: c["model"].update(multipliers=[1] * 10**5), "do not fit its config.json"),
+    ],
+)
+def test_damaged_configs_of_tokenizers(tmp_path, parts, spoil, said):
+    test_damaged_configs(tmp_path, parts.tokenizer, spoil, said)
+
+
 def test_size_without_a_tokenizer(tmp_path, parts):
     folder = write(tmp_path / "out", replace(parts, tokenizer=None))  # 4 pixels a token: nothing says so any more
     with pytest.raises(UserError, match="pictures of 16 px are not 16 tokens of 16 px"):

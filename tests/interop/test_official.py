@@ -48,11 +48,16 @@ def compare_with_plain(opened, w, size):
     close(opened.tokenizer.detokenize(tokens), plain.detokenize(w, tokens))
 
 
+# The published numbers, and of all that is not published the value that changes nothing.
+FULL_SAMPLING = {"steps": 20, "temperature": 6.0, "token_temperature": 1, "order": "confidence", "drop": 0}
+FULL_SAMPLING |= {"guidance": 0, "guidance_schedule": "constant"}
+
+
 def test_pretraining_file(tmp_path):
     w = plain.make_file(tmp_path / "a.pth")
     opened = stored.open_model(tmp_path / "a.pth")
     assert (opened.kind, opened.image_size, opened.classifier) == ("mage", 16, None)
-    assert opened.sampling == {"steps": 20, "temperature": 6.0}
+    assert opened.sampling == FULL_SAMPLING
     mage = opened.mage
     assert (mage.vocabulary, mage.class_id, mage.mask_id, mage.codes, mage.padding) == (2025, 1100, 2024, 1024, "cls")
     assert not mage.training and not any(p.requires_grad for p in mage.parameters())
@@ -81,6 +86,14 @@ def test_other_sizes(tmp_path):
     assert [block.attn.num_heads for block in opened.mage.blocks] == [3]
     assert [block.attn.num_heads for block in opened.mage.decoder_blocks] == [16, 16]
     compare_with_plain(opened, w, 12)
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    w = plain.make_file(tmp_path / "a.pth")
+    w["blocks.1.norm1.weight"][0] = torch.nan
+    torch.save({"model": w}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"blocks\.1\.norm1\.weight: values that are no numbers"):
+        stored.open_model(tmp_path / "a.pth")
 
 
 def test_sampling_follows_the_plain_steps(tmp_path):

@@ -140,6 +140,13 @@ def test_safetensors(tmp_path):
     assert torch.equal(safe.read(path)["a"], torch.arange(4.0))
 
 
+def test_a_header_of_too_many_tensors(tmp_path):
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps({str(i): empty for i in range(20_001)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    assert "claims 20,001 tensors" in refused(tmp_path / "model.safetensors")
+
+
 def test_zip_bombs(tmp_path):
     path = tmp_path / "model.pth"
     archive(path, pickle.dumps({"model": "0" * 10**8}, 2), packed=True)

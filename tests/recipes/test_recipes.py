@@ -48,8 +48,9 @@ SIZES = {  # batch, effective lr, encoder and decoder as depth, width, heads
 
 
 def test_names():
-    samples = ["digits_mage", "digits_tokenizer", "emoji_mage", "emoji_tokenizer"]
-    assert recipes.recipe_names() == [*samples, *sorted(SIZES), "tokenizer_finetune", "tokenizer_imagenet"]
+    samples = ["digits_class_conditional", "digits_mage", "digits_tokenizer", "emoji_mage", "emoji_tokenizer"]
+    paper = ["class_conditional_vit_base", *sorted(SIZES), "tokenizer_finetune", "tokenizer_imagenet"]
+    assert recipes.recipe_names() == sorted([*samples, *paper])
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -64,6 +65,27 @@ def test_paper(name):
         assert (stack.depth, stack.width, stack.heads) == numbers
     checkpointing = "none" if name == "pretrain_vit_base" else "full"
     assert recipe.machine.activation_checkpointing == checkpointing
+
+
+@pytest.mark.parametrize(
+    "name, below, decoder",
+    [
+        ("class_conditional_vit_base", "pretrain_vit_base", (12, 768, 16)),
+        ("digits_class_conditional", "digits_mage", (2, 128, 4)),
+    ],
+)
+def test_class_conditional(name, below, decoder):
+    """The recipe of what is below it, but for the decoder, its labels and how long it is trained."""
+    recipe, mage = recipes.load_recipe(name), recipes.load_recipe(below)
+    stack = recipe.model.decoder
+    assert (stack.depth, stack.width, stack.heads) == decoder
+    assert recipe.model.classes == (1000 if "vit" in name else 10) and recipe.label_dropout == 0.1
+    assert recipe.sampling == mage.sampling and recipe.sampling.guidance == 0
+    fields = recipe.model.model_dump(exclude={"decoder", "classes"})
+    assert fields == mage.model.model_dump(exclude={"decoder", "classes"})
+    shared = ("batch", "warmup", "optimizer", "inputs", "tokenizer", "masking", "label_smoothing", "machine")
+    for key in (*shared, "duration", "report")[: None if "vit" in name else len(shared)]:
+        assert getattr(recipe, key) == getattr(mage, key), key
 
 
 # The original VQGAN's numbers, as "details as VQGAN" stands for them, and the paper's batch, augmentation and sizes.

@@ -1,8 +1,10 @@
 """`sample` on a small run, through DeepSpeed's inference engine, in one other process for all cases."""
 
+import copy
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_models import make_export
 from PIL import Image
 from safetensors.torch import save_file
 
 from mage_ds import models, recipes
 from mage_ds.engine import stored
+from mage_ds.errors import UserError
 from mage_ds.sampling import decode
+from mage_ds.tasks import sample as task
 
 SIZES = [
     "tokenizer={channels: 32, multipliers: [1, 1, 1], blocks: 1, code_dim: 8, codes: 32}",
@@ -54,6 +59,12 @@ def ran(tmp_path_factory):
     """The folder with everything made, the models, and what each call reported by its name."""
     root = tmp_path_factory.mktemp("sample")
     trained = make_run(root / "run")
+    classes = make_export(root / "classes", classes=3)
+    shutil.copytree(root / "classes", root / "bare")
+    shutil.rmtree(root / "bare" / "tokenizer")
+    config = root / "bare" / "config.json"  # without one, tokens count as 16 px
+    config.write_text(config.read_text().replace('"image_size": 16', '"image_size": 64'))
+    conditional = {"run": str(root / "classes"), "num": 6, "batch": 3}
     calls = {
         "first": {"num": 11, "out": "a", "batch": 4},
         "again": {"num": 11, "out": "a"},
@@ -62,9 +73,21 @@ def ran(tmp_path_factory):
         "other batch": {"num": 14, "out": "c", "batch": 5},
         "few": {"num": 3, "out": "d", "steps": 2, "temperature": 0, "round": True},
         "other seed": {"num": 11, "out": "a", "seed": 1},
+        "options": {**OPTIONS, "num": 4, "out": "f"},
+        "guided": {**conditional, "out": "g", "class_label": "owl,cat", "guidance": 2.0, **RISING},
+        "balanced": {**conditional, "out": "h"},
+        "lent": {"run": str(root / "classes"), "num": 2, "out": "i", "tokenizer": str(root / "run" / "tokenizer")},
+        "no tokenizer": {"run": str(root / "bare"), "num": 2, "out": "e"},
+        "a tokenizer": {"run": str(root / "run" / "tokenizer"), "num": 2, "out": "e"},
+        "no classes": {"num": 2, "out": "e", "class_label": "3"},
+        "no such class": {**conditional, "out": "e", "class_label": "3"},
+        "no such name": {**conditional, "out": "e", "class_label": "cta"},
+        "guidance without": {"num": 2, "out": "e", "guidance": 1.0},
+        "no drop": {"num": 2, "out": "e", "drop": 1.0},
+        "no form": {"num": 2, "out": "e", "format": "gif"},
         "no pictures": {"num": 0, "out": "e"},
         "no step": {"num": 1, "out": "e", "checkpoint": 8},
-        "no run": {"num": 1, "out": "e", "run": str(root / "run" / "tokenizer")},
+        "no run": {"num": 1, "out": "e", "run": str(root)},
     }
     lines = [json.dumps({"run": str(root / "run"), **c, "out": str(root / c["out"])}) for c in calls.values()]
     (root / "calls.jsonl").write_text("\n".join(lines))
@@ -75,7 +98,11 @@ def ran(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return root, trained, dict(zip(calls, results, strict=True)), done.stdout
+    return root, (*trained, *classes), dict(zip(calls, results, strict=True)), done.stdout
+
+
+OPTIONS = {"token_temperature": 0.5, "order": "halton", "drop": 0.5, "precision": "bf16"}
+RISING = {"guidance_schedule": "power-cosine"}
 
 
 def files(folder):
@@ -86,7 +113,7 @@ pytestmark = pytest.mark.processes
 
 
 def test_pictures_are_what_the_models_give(ran):
-    root, (mage, vqgan), _, _ = ran
+    root, (mage, vqgan, *_), _, _ = ran
     with np.load(root / "b" / "tokens.npz") as file:
         tokens = torch.from_numpy(file["tokens"].astype(np.int64))
     index = np.arange(14)
@@ -103,6 +130,32 @@ def test_pictures_are_what_the_models_give(ran):
         assert shown.shape == (16, 16, 3) and np.abs(shown - np.floor(exact)).max() <= 1  # rounding of the floats
         assert (shown == np.floor(exact)).mean() > 0.99
     assert len({p.read_bytes() for p in (root / "b").glob("0*.png")}) == 14
+
+
+def test_options_reach_the_decoding(ran):
+    root, (mage, _, conditional, _), _, _ = ran
+    cases = {
+        "f": (mage, 4, None, {"token_temperature": 0.5, "order": "halton", "drop": 0.5}),
+        "g": (conditional, 6, [2, 0], {"guidance": 2.0, **RISING}),
+        "h": (conditional, 6, [0, 1, 2], {}),
+    }
+    for name, (model, num, asked, how) in cases.items():
+        with np.load(root / name / "tokens.npz") as file:
+            tokens = torch.from_numpy(file["tokens"].astype(np.int64))
+        empty, every = torch.zeros(num, 16, dtype=torch.int64), torch.ones(num, 16, dtype=torch.bool)
+        labels = None if asked is None else torch.tensor([asked[i % len(asked)] for i in range(num)])
+        if name == "f":
+            model = copy.deepcopy(model).bfloat16()
+        noise = decode.keyed_noise(0, np.arange(num), 16)
+        how = {"steps": 4, "temperature": 2.0, "noise": noise, "labels": labels, **how}
+        assert (tokens == decode.decode(model, empty, every, **how)).float().mean() > 0.95
+        rows = (root / name / "manifest.csv").read_text().splitlines()[1:]
+        assert [int(row.split(",")[1]) for row in rows] == ([-1] * num if labels is None else labels.tolist())
+    manifest = json.loads((root / "g" / "manifest.json").read_text())
+    assert manifest["class_label"] == "2,0" and manifest["classes"] == ["cat", "dog", "owl"]
+    assert manifest["checkpoint"] is None and manifest["guidance_schedule"] == "power-cosine"
+    manifest = json.loads((root / "f" / "manifest.json").read_text())
+    assert (manifest["precision"], manifest["order"], manifest["drop"]) == ("bf16", "halton", 0.5)
 
 
 def test_every_prediction_goes_through_the_engine(ran):
@@ -147,7 +200,15 @@ def test_mistakes_are_one_line_and_change_nothing(ran):
         "other seed": ["seed 0 there, 1 here", str(root / "a")],
         "no pictures": ["--num 0"],
         "no step": ["--checkpoint 8", "7"],
-        "no run": ["recipe.yaml", "tokenizer"],
+        "no run": ["recipe.yaml", str(root)],
+        "no tokenizer": ["bare", "--tokenizer PATH"],
+        "a tokenizer": ["is a tokenizer", "MAGE"],
+        "no classes": ["--class-label 3", "no classes"],
+        "no such class": ["--class-label 3", "0..2"],
+        "no such name": ["did you mean cat"],
+        "guidance without": ["--guidance 1.0", "classes"],
+        "no drop": ["--drop 1.0", "less than 1"],
+        "no form": ["--format gif", "npz"],
     }
     for name, parts in said.items():
         error = results[name]["error"]
@@ -156,3 +217,30 @@ def test_mistakes_are_one_line_and_change_nothing(ran):
             assert part in error, (name, part, error)
     assert all(results[name]["error"] is None for name in results if name not in said)
     assert not (root / "e").exists()
+
+
+def test_an_error_of_the_writer_ends_the_work():
+    written = []
+
+    def write(number, apply):
+        if number == 2:
+            raise UserError("the disk is full")
+        written.append((number, list(apply(abs, [-number]))))
+
+    with pytest.raises(UserError, match="disk is full"), task._Writer(write) as writer:
+        for number in range(9):
+            writer.put(number)
+    assert written[:2] == [(0, [0]), (1, [1])] and len(written) < 7
+    with task._Writer(write) as writer:
+        writer.put(1)
+        writer.flush()
+        assert written[-1] == (1, [1])
+
+
+def test_progress_before_the_first_picture_and_when_some_are_lost(tmp_path):
+    worker = task._Worker(task.pictures.Pictures(tmp_path, "png", 4), 8, [], None)
+    said, all_tiles = [], task.tiles(8, 4)
+    worker.advance, worker.left = said.append, 8
+    for todo in (all_tiles, all_tiles[1:], all_tiles, []):
+        worker._count(todo)
+    assert said == [4, 8]

@@ -40,6 +40,27 @@ def test_a_tiny_step(tmp_path):
 
 
 @pytest.mark.full
+def test_a_tiny_step_of_a_decoder(tmp_path):
+    words = [
+        "digits_class_conditional",
+        *TINY,
+        "machine.precision=float32",
+        "--stages",
+        "1,3",
+        "--checkpointing",
+        "none",
+    ]
+    done = mage_ds("bench", "scale", *words, cwd=tmp_path)
+    check(rows(done.stdout), smallest=0.5)
+    lines = [line for line in done.stdout.splitlines() if ", beside these: " in line]
+    assert [line.partition(",")[0] for line in lines] == ["encoder", "tokenizer"]
+    for line in lines:
+        for pair in line.split("weights ")[1].split(", forward "):
+            measured, planned = map(float, pair.replace(",", "").split(" / "))
+            assert measured == pytest.approx(planned, rel=0.1, abs=0.11)
+
+
+@pytest.mark.full
 def test_tiny_steps_in_every_stage(tmp_path):
     for precision, stages in (("float32", "0,1,2,3,2_offload,3_offload"), ("bf16", "1,2,3,2_offload,3_offload")):
         words = ["digits_mage", *TINY, f"machine.precision={precision}", "--stages", stages]

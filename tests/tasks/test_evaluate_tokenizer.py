@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from launched import Launch, mage_ds, several
 from PIL import Image
 from skimage import metrics
+
+from mage_ds.tasks.evaluate_tokenizer import evaluate_tokenizer
 
 pytestmark = pytest.mark.processes
 
@@ -121,13 +124,20 @@ def test_what_is_printed_and_written(place, few, made):
         assert wide > 8 * 64 and high > 4 * 64  # two rows of eight for each set
 
 
-def test_the_default_place_and_lpips(place, made, few):
+def test_the_default_place_and_lpips(place, made, few, tmp_path):
     code, said, _ = place[1]["default"]
     folder = made[1] / "evaluated" / few.name
     assert code == 0 and f"written to {folder}" in said
     figures = results(folder)["data"]["figures"]
     assert figures["n"] == 9 and figures["lpips"] > 0 and "LPIPS is not" not in said
     assert "verdict" not in results(folder)
+    # Other pictures of the same name do not take its place; the same ones do.
+    other = tmp_path / few.name
+    shutil.copytree(few, other, ignore=shutil.ignore_patterns("broken.jpg"))
+    found = evaluate_tokenizer(made[1], data=other)
+    assert found["data"]["fingerprint"] != results(folder)["data"]["fingerprint"]
+    assert results(folder.with_name(f"{few.name}-{found['data']['fingerprint'][:8]}")) == found
+    assert evaluate_tokenizer(made[1], data=few) == results(folder)
 
 
 @pytest.mark.parametrize(

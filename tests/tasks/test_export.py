@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from mage_ds import cli, models, recipes
 from mage_ds.engine import retention, stored
 from mage_ds.errors import UserError
+from mage_ds.recipes.schema import Sampling
 from mage_ds.tasks import export as task
 
 TOKENIZER = "{channels: 32, multipliers: [1, 1, 1], blocks: 1, code_dim: 8, codes: 32}"
@@ -95,7 +96,8 @@ def test_mage_run(tmp_path, capsys):
     opened = stored.open_model(tmp_path / "out")
     same(opened, mage, tokenizer)
     same(stored.open_model(tmp_path / "run"), mage, tokenizer)
-    assert opened.sampling == {"steps": 4, "temperature": 2.0} and opened.image_size == 16 and opened.unused == {}
+    assert opened.sampling == Sampling(steps=4, temperature=2.0).model_dump()
+    assert opened.image_size == 16 and opened.unused == {} and opened.classes == []
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("license: cc0-1.0", "f1n6e7", "| val_loss | 2.5 |", "| val_top1 | 0.25 |", "task: pretrain", "| 7 |"):
         assert part in card
@@ -280,7 +282,7 @@ def test_checkpoints_of_two_ranks(made, tmp_path, stage):
     words = ["digits_mage", *TINY, *OFTEN, "duration.steps=3", "--data", data, "--tokenizer", tokenizer]
     launched.run("train", *words, "--out", "run", "--deepspeed_config", stage, cwd=tmp_path)
     mage_ds("export", "run", "--out", "out", cwd=tmp_path)
-    model, _, _ = stored.load_mage(tmp_path / "run")
+    model = stored.open_model(tmp_path / "run").mage
     opened = stored.open_model(tmp_path / "out")
     tokens = torch.randint(model.codes, (2, model.tokens), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

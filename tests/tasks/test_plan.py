@@ -48,6 +48,13 @@ def test_output(capsys):
     assert "assumed" in tokenizer and "Nothing fits" in tokenizer and "deepspeed --" not in tokenizer
 
 
+def test_of_a_decoder(capsys):
+    shown = plan(capsys, "digits_class_conditional", "batch=64", "--gpus", 8, "--gpu-memory", 80)
+    assert "parameters   433,794\n" in shown  # the decoder's: 2 blocks of 128, positions, head, and 11 labels
+    assert "(forward and backward, the frozen encoder, the tokenizer's encoder)" in shown
+    assert "--data DATA --init MAGE --out RUN" in shown and "--tokenizer" not in shown
+
+
 def test_it_imports_no_deepspeed(tmp_path):
     program = (
         "import sys; from mage_ds.tasks.plan import plan; "

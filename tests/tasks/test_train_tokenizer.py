@@ -47,6 +47,13 @@ def test_broken_pictures_do_not_reach_the_first_codes(pictures, tmp_path, monkey
     assert torch.isfinite(model.quantize.embedding.weight).all()
 
 
+def test_pictures_none_of_which_can_be_read_are_said(pictures, train):
+    for path in pictures.glob("[01]*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"pictures are unreadable, more than inputs\.broken_limit=0\.5 allows"):
+        train("run")
+
+
 # --- beginning with given weights
 
 
@@ -143,14 +150,15 @@ def test_refused_in_one_line(train, tmp_path, overrides, config, message):
 # --- with a discriminator, and held-out pictures
 
 
-def test_figures_and_pictures_of_the_held_out_split(pictures, train, tmp_path):
+def test_figures_and_pictures_of_the_held_out_split(pictures, train, monkeypatch):
     for split, names in (("train", "0123456789"), ("val", "ab")):
         (pictures / split).mkdir()
         for i, name in enumerate(names):
             (pictures / f"{i + (10 if split == 'val' else 0):02d}.png").rename(pictures / split / f"{name}.png")
     for broken in pictures.glob("z*"):
         broken.unlink()
-    run = train("run", ADVERSARY, "report.evaluate_every.steps=1", "report.log_every=1")
+    often = ["report.pictures_every.steps=1", "report.evaluate_every.steps=2", "report.log_every=1"]
+    run = train("run", ADVERSARY, *often)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps, held_out = ([r for r in records if key in r] for key in ("l1", "val_l1"))
     assert [("discriminator_loss" in r, "discriminator_grad_norm" in r) for r in steps] == [
@@ -183,9 +191,15 @@ def test_figures_and_pictures_of_the_held_out_split(pictures, train, tmp_path):
     psnr = (-10 * error.square().flatten(1).mean(1).log10()).mean().item()
     assert last["val_psnr"] == pytest.approx(psnr, rel=1e-4)
     assert last["val_codes_used"] == pytest.approx(len(tokens.unique()) / 8)
-    # Four rows of pictures, of which the last two are the worst of the split: two pictures each.
-    sheet = np.array(Image.open(run / "pictures" / "step_000002.png"))
-    assert sheet.shape[0] > 4 * 64 and sheet.shape[1] > 2 * 64
+    # Four rows of pictures, of which the last two are the worst of the split, where it was measured: two pictures each.
+    first, sheet = (np.array(Image.open(run / "pictures" / f"step_00000{step}.png")) for step in (1, 2))
+    assert sheet.shape[0] > 4 * 64 > 3 * 64 > first.shape[0] and sheet.shape[1] > 2 * 64
+    # Nothing is measured for the sake of a picture, nor again where a kill came between figures and picture.
+    assert len(held_out) == 1
+    (run / "pictures" / "step_000002.png").unlink()
+    monkeypatch.setattr("mage_ds.tasks.train_tokenizer.HeldOut.evaluate", None)
+    train("run", ADVERSARY, *often)
+    assert np.array(Image.open(run / "pictures" / "step_000002.png")).shape[0] < 3 * 64
 
 
 @pytest.mark.full
