@@ -174,7 +174,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_reason(me, signals, tmp_p
     numbers, path = tiny.recipe("duration.steps=400", *often), tmp_path / "run"
     engine = tiny.engine_of(numbers, 1)
     mounted(path, int(checkpoint.size_of({"mage": engine}) * 3.5))
-    run_folder.own(run_folder.create(path, numbers, {}, {}, None))
+    run_folder.own(run_folder.create(path, numbers, {}, {}, {}))
     run = opened(path, numbers, engine)
     fill = (path / "filler").open("wb", buffering=0)
 

@@ -122,16 +122,14 @@ def test_duration(seconds, text):
     assert progress.duration(seconds) == text
 
 
-def test_peak_is_measured_quickly_and_plausible():
-    began = time.perf_counter()
+def test_peak_is_plausible():
     peak = progress.peak_flops("cpu", torch.float32)
-    assert time.perf_counter() - began < 2  # half a second on an idle machine
     size = 512
     left = torch.ones(size, size)
     left @ left
-    began = time.perf_counter()
+    began = time.thread_time()
     left @ left
-    mine = 2 * size**3 / (time.perf_counter() - began)
+    mine = 2 * size**3 / (time.thread_time() - began)
     assert peak > 0.3 * mine and 1e8 < peak < 1e14
 
 
