@@ -226,6 +226,7 @@ class Pretrained:
         count = len(stream) if count is None else count
         mask, labels = self._pixel_mask(mask, count), self._labels(class_label, count)
         how, seed = self._how(steps, temperature, guidance, labels), convert.whole("seed", seed, 0)
+        how |= {"drop": 0.0}  # it would go by the smallest mask of a tile: a picture would depend on its company
         feather = convert.whole("feather", feather, 0)
         if feather and not composite:
             raise UserError(f"feather {feather}: blends into the original, so it needs composite=True")

@@ -116,7 +116,7 @@ def _refuse_differences(out: Path, recipe: Recipe, facts: dict, extend: bool) ->
             f"{hint}choose another folder"
         )
     stored = read_facts(out)
-    for key, what in (("data", "--data"), ("tokenizer", "--tokenizer"), ("encoder", "--init")):
+    for key, what in (("data", "--data"), ("classes", "--data"), ("tokenizer", "--tokenizer"), ("encoder", "--init")):
         if stored.get(key) != facts.get(key):
             raise UserError(
                 f"{what}: differs from the one that {out} was started with "
@@ -157,7 +157,9 @@ def create(out: Path, recipe: Recipe, facts: dict, config: dict, copies: dict[st
             write_aside(out / "facts.json", json.dumps(facts, indent=1) + "\n")
         write_aside(out / "ds_config.json", json.dumps(config, indent=1) + "\n")
         write_aside(out / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        for name, save in copies.items() if new else ():
+        for name, save in copies.items():
+            if not new and (out / name).is_dir():
+                continue
             aside = out / f".{name}.part"
             for stale in (aside, out / name):
                 shutil.rmtree(stale, ignore_errors=True)

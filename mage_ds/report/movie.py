@@ -38,7 +38,7 @@ def write(frames: Iterable[np.ndarray], path: Path, fps: float = _FPS) -> None:
     require()
     frames = iter(frames)
     first = next(frames)
-    parts = {kind: path.with_name(f".{path.name}.part.{kind}") for kind in ("mp4", "gif", "webp")}
+    parts = {kind: path.with_name(f".{path.name}.{os.getpid()}.part.{kind}") for kind in ("mp4", "gif", "webp")}
     process = _start(first.shape, parts, fps)
     try:
         for frame in _held(first, frames, round(_HELD_S * fps)):

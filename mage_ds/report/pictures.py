@@ -184,14 +184,11 @@ class Pictures:
             wanted, there = (f"{number / 2**30:.1f} GiB" for number in (need, free))
             raise UserError(f"--out {self.out}: needs about {wanted}, {there} are free; make room, or choose another")
 
-    def seal(self, num: int) -> bool:
-        """Writes the manifest's last word: the set is complete; False where it is to become larger meanwhile."""
+    def seal(self, num: int) -> None:
+        """Writes the manifest's last word: the set is complete; not where it is to become larger meanwhile."""
         manifest = read_manifest(self.out)
-        if manifest is None or manifest["num"] != num:
-            return False
-        if not manifest["complete"]:
-            _write_manifest(self, manifest | {"complete": True})
-        return True
+        if manifest is not None and manifest["num"] <= num:  # smaller: another process overwrote what was asked for
+            _write_manifest(self, manifest | {"num": num, "complete": True})
 
     def reopen(self) -> None:
         """Of a set that says it is complete, and is not."""

@@ -15,7 +15,7 @@ def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
     """
     labels = []
     for part in [text] if text in names else text.split(","):
-        low, dots, high = part.strip().partition("..")
+        low, dots, high = (part, "", "") if part in names else part.strip().partition("..")
         first = _label(low, classes, names)
         last = _label(high, classes, names) if dots else first
         if last < first:
@@ -37,7 +37,8 @@ def named(label: int, names: Sequence[str]) -> str:
 
 
 def _label(word: str, classes: int, names: Sequence[str]) -> int:
-    if word.isdecimal():
+    word = word.strip()
+    if word.isdecimal() and len(word) < 20:
         label = int(word)
         if label >= classes:
             raise UserError(f"--class-label {word}: this model has the classes 0..{classes - 1}; choose one of them")

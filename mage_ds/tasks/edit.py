@@ -220,7 +220,7 @@ def _mask(text: str, alpha: np.ndarray | None, size: tuple, side: int, picture: 
 
 
 def _is_file_name(text: str) -> bool:
-    return Path(text).exists() or Path(text).suffix[1:].isalpha() or os.sep in text
+    return Path(text).suffix[1:].isalpha() or os.sep in text or (len(text) < 256 and Path(text).exists())
 
 
 def _mask_of_file(path: Path) -> tuple[np.ndarray, str]:
@@ -281,7 +281,9 @@ def _open(out: Path, edits: list[_Edit], settings: dict, variants: int, before: 
         variants = max(variants, before["variants"])
     else:
         names = [
-            f"{each.name}{end}.png" for each in edits for end in (".panel", *(f"_{v + 1}" for v in range(variants)))
+            f"{each.name}{end}.png"
+            for each in edits
+            for end in (".panel", ".mask", *(f"_{v + 1}" for v in range(variants)))
         ]
         there = [out / name for name in names if (out / name).exists()]
         if there:

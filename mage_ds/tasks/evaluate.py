@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import os
+import zipfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -123,8 +124,10 @@ def _samples(source: Path, manifest: dict | None) -> tuple[Iterable, np.ndarray 
     try:
         with np.load(source / "tokens.npz", allow_pickle=False) as file:
             return pictures.read(source, manifest), file["tokens"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source}: {error}; start the same `mage-ds sample` again") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{source}/tokens.npz: damaged ({error}); remove it and start the same `mage-ds sample` again"
+        ) from None
 
 
 def _labelled(reference: Path) -> tuple[Catalog, Catalog | None]:

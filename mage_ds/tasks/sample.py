@@ -246,6 +246,8 @@ class _Worker:
                     self._pass_through(todo, writer)
                 else:
                     self._finish()
+                    if not self._complete():
+                        time.sleep(_LOOK_S)
         self._tidy()
         who = f"rank {me.rank}: " if me.world > 1 else ""
         print(f"{who}{writer.summary(self.made, time.perf_counter() - began)}", flush=True)
