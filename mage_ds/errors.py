@@ -1,5 +1,7 @@
 """What a user sees when something is wrong: one line, and a meaningful exit code."""
 
+from collections.abc import Callable, Container
+
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; starting again continues
@@ -10,6 +12,19 @@ class UserError(Exception):
 
     Shown without a traceback and with exit code 2; `MAGE_DS_DEBUG=1` shows the traceback.
     """
+
+
+def refuse_differences(
+    out, what: str, before: dict, settings: dict, brief: Callable[[object], str], free: Container[str] = ()
+) -> None:
+    """UserError that names every setting, but those in `free`, in which a folder's content was made otherwise.
+
+    what: that content, in the plural; before, settings: then and now; brief: a value as the line shows it.
+    """
+    keys = [key for key in settings if key not in free and before.get(key) != settings[key]]
+    if keys:
+        said = "; ".join(f"{key} {brief(before.get(key))} there, {brief(settings[key])} here" for key in keys)
+        raise UserError(f"--out {out}: holds {what} of other settings ({said}); choose another folder")
 
 
 class Stopped(Exception):

@@ -1,6 +1,11 @@
 """Serving a trained model: DeepSpeed's inference engine, and frozen modules beside it."""
 
+import numpy as np
+
 from mage_ds.engine import process
+from mage_ds.sampling import decode
+
+_SOME = 16  # pictures that the detokenizer makes at once: at 256 px each of its activations takes 34 MB a picture
 
 
 def engine(model, dtype):
@@ -24,3 +29,11 @@ def frozen(module):
 
     device = process.start().device
     return module.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)
+
+
+def draw(tokenizer, tokens, rounded: bool = False) -> np.ndarray:
+    """The pictures of tokens int64 (B, N), by a tokenizer that is `frozen`: uint8 (B, H, W, 3), as `decode.pixels`."""
+    import torch
+
+    with torch.no_grad():
+        return np.concatenate([decode.pixels(tokenizer.detokenize(some), rounded) for some in tokens.split(_SOME)])

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from mage_ds import recipes
-from mage_ds.errors import UserError
+from mage_ds.errors import UserError, refuse_differences
 from mage_ds.files import lock, saved, sha256
 from mage_ds.inputs import order
 from mage_ds.inputs.batch import Batch
@@ -230,10 +230,7 @@ def _known(out: Path, settings: dict) -> dict | None:
         if out.is_dir() and any(entry.name[0] != "." for entry in out.iterdir()):
             raise UserError(f"--out {out}: holds files but no {FACTS} of a token cache; choose a new folder")
         return None
-    then = before["settings"]
-    if keys := [key for key in settings if then.get(key) != settings[key]]:
-        what = "; ".join(f"{key} {brief(then.get(key))} there, {brief(settings[key])} here" for key in keys)
-        raise UserError(f"--out {out}: holds tokens of other settings ({what}); choose another folder")
+    refuse_differences(out, "tokens", before["settings"], settings, brief)
     return before
 
 

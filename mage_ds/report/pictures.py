@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mage_ds.errors import UserError
+from mage_ds.errors import UserError, refuse_differences
 from mage_ds.report import joined
 
 FORMATS = ("png", "tar", "npz")
@@ -213,7 +213,7 @@ def open_folder(book: Pictures, settings: dict, num: int) -> int:
         out.mkdir(parents=True, exist_ok=True)
         if before is None:
             before = _begin(book, {**settings, "num": num, "complete": False})
-        _refuse_differences(out, before, settings)
+        refuse_differences(out, "pictures", before, settings, _brief, _FREE)
         (out / ".tiles").mkdir(exist_ok=True)
         if before["num"] >= num and (not before["complete"] or not book.absent(before["num"])):
             return before["num"]
@@ -310,14 +310,6 @@ def _begin(book: Pictures, manifest: dict) -> dict:
         return manifest
     part.unlink()
     return manifest
-
-
-def _refuse_differences(out: Path, before: dict, settings: dict) -> None:
-    """UserError that names every setting in which the pictures of the folder were made otherwise."""
-    keys = [key for key in settings if key not in _FREE and before.get(key) != settings[key]]
-    if keys:
-        what = "; ".join(f"{key} {_brief(before.get(key))} there, {_brief(settings[key])} here" for key in keys)
-        raise UserError(f"--out {out}: holds pictures of other settings ({what}); choose another folder")
 
 
 def _brief(value) -> str:

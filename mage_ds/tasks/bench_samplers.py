@@ -25,7 +25,6 @@ from mage_ds.sampling.tiles import tiles
 _SEED = 0
 _MOST = 20_000  # labelled pictures: the classifier's fitting time grows with their square
 _BATCH = 64
-_SOME = 16  # pictures that the detokenizer makes at once, as in `sample`
 
 
 class _Choice(NamedTuple):
@@ -171,10 +170,7 @@ class _Maker:
 
     def _draw(self, tokens: torch.Tensor) -> np.ndarray:
         """uint8 (B, H, W, 3)."""
-        with torch.no_grad():
-            return np.concatenate(
-                [decode.pixels(self.tokenizer.detokenize(some)) for some in tokens.to(self.device).split(_SOME)]
-            )
+        return inference.draw(self.tokenizer, tokens.to(self.device))
 
 
 # --- what it costs

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from mage_ds import files
 from mage_ds.engine import stored
-from mage_ds.errors import UserError
+from mage_ds.errors import UserError, refuse_differences
 from mage_ds.inputs import convert
 from mage_ds.pretrained import Pretrained, from_pretrained
 from mage_ds.report import grids
@@ -277,7 +277,7 @@ def _begun(out: Path) -> dict:
 def _open(out: Path, edits: list[_Edit], settings: dict, variants: int, before: dict) -> int:
     """Creates the folder, or checks that it holds edits of the same settings; how many variants it will hold."""
     if before:
-        _refuse_differences(out, before, settings)
+        refuse_differences(out, "edits", before, settings, _brief, _FREE)
         variants = max(variants, before["variants"])
     else:
         names = [
@@ -292,13 +292,6 @@ def _open(out: Path, edits: list[_Edit], settings: dict, variants: int, before: 
         out.mkdir(parents=True, exist_ok=True)
         _write(out / "edits.json", {**before, **settings, "variants": variants, "complete": False})
     return variants
-
-
-def _refuse_differences(out: Path, before: dict, settings: dict) -> None:
-    keys = [key for key in settings if key not in _FREE and before.get(key) != settings[key]]
-    if keys:
-        what = "; ".join(f"{key} {_brief(before.get(key))} there, {_brief(settings[key])} here" for key in keys)
-        raise UserError(f"--out {out}: holds edits of other settings ({what}); choose another folder")
 
 
 def _brief(value) -> str:

@@ -3,7 +3,6 @@
 import copy
 import difflib
 import json
-import os
 import zipfile
 from collections.abc import Iterable
 from importlib import metadata
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mage_ds import files
 from mage_ds.engine import inference, process, retention, stored
 from mage_ds.errors import UserError
 from mage_ds.evaluation import readable as judge
@@ -230,9 +230,8 @@ def _write(out: Path, results: dict) -> None:
     path = out / "results.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        part = out / ".results.json.part"
-        part.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(part, path)
+        with files.saved(path) as file:
+            file.write((json.dumps(results, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another folder with --out") from None
     print(f"written to {path}", flush=True)

@@ -23,7 +23,6 @@ from mage_ds.sampling import decode, labels
 from mage_ds.sampling.claims import Claims
 from mage_ds.sampling.tiles import tiles
 
-_SOME = 16  # pictures that the detokenizer makes at once: at 256 px each of its activations takes 34 MB a picture
 _BATCH = 64
 _FILMED = 16  # pictures of a film: each is drawn once a step
 _MOST = 2**31 - 1
@@ -178,12 +177,7 @@ def _painter(opened: stored.Stored, settings: dict, book: pictures.Pictures) -> 
         noise = decode.keyed_noise(settings["seed"], index, empty.shape[1])
         asked = None if book.labels is None else torch.from_numpy(book.labels_of(index)).to(device)
         tokens = decode.decode(engine, empty, masked, noise=noise, labels=asked, on_step=on_step, **how)
-        with torch.no_grad():
-            images = [
-                decode.pixels(tokenizer.detokenize(some), settings["rounding"] == "nearest")
-                for some in tokens.split(_SOME)
-            ]
-        return tokens.cpu().numpy(), np.concatenate(images)
+        return tokens.cpu().numpy(), inference.draw(tokenizer, tokens, settings["rounding"] == "nearest")
 
     return paint
 
@@ -199,7 +193,7 @@ def _film(opened: stored.Stored, settings: dict, book: pictures.Pictures, worker
         films.film(
             book.out,
             states,
-            lambda tokens: decode.pixels(opened.tokenizer.detokenize(tokens), settings["rounding"] == "nearest"),
+            lambda tokens: inference.draw(opened.tokenizer, tokens, settings["rounding"] == "nearest"),
         )
 
 

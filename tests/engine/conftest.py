@@ -63,6 +63,17 @@ def found(folder: Path, world: int) -> list[dict]:
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world)]
 
 
+def ran(folder: Path, world: int, *scenarios: str, script: str) -> list[dict]:
+    """What each rank of `script` reports, once all have ended well."""
+    started = start_ranks(folder, world, *scenarios, script=script)
+    try:
+        ended(started, folder)
+    finally:
+        for one in started:
+            one.kill()
+    return found(folder, world)
+
+
 @pytest.fixture(scope="session")
 def two(tmp_path_factory, me):
     """What two ranks report of all scenarios in ranks.py, and of the legs that this process runs between theirs."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ended, found, start_ranks
+from conftest import ran
 
 from mage_ds.engine import wrap
 from mage_ds.engine.adversarial import LastLayer
@@ -82,16 +82,6 @@ def _keep_gradients(models, masters) -> None:
         model.zero_grad()
 
 
-def start(world: int, folder, *arguments: str) -> list[dict]:
-    started = start_ranks(folder, world, *arguments, script="adversarial_ranks.py")
-    try:
-        ended(started, folder)
-    finally:
-        for one in started:
-            one.kill()
-    return found(folder, world)
-
-
 WORLDS = [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.processes)]
 
 
@@ -101,7 +91,7 @@ def ranks(request, me, tmp_path_factory):
     world, folder = request.param, tmp_path_factory.mktemp("adversarial")
     if world == 1:
         return 1, folder, [json.loads(json.dumps({"modes": made.modes(me, folder)}))]
-    return world, folder, start(world, folder)
+    return world, folder, ran(folder, world, script="adversarial_ranks.py")
 
 
 @pytest.mark.parametrize("mode", MODE_NAMES)
@@ -133,7 +123,7 @@ def test_a_run_goes_on_exactly_before_at_and_after_the_start(ranks, me, tmp_path
     if world == 1:
         seen = [json.loads(json.dumps({f"continued {mode}": made.continued(me, tmp_path, int(stage), precision)}))]
     elif mode == "2 bf16":
-        seen = start(world, tmp_path, mode)
+        seen = ran(tmp_path, world, mode, script="adversarial_ranks.py")
     for rank in seen:
         cases = rank[f"continued {mode}"]
         assert [cases[str(at)]["updates"]["discriminator"] for at in (1, 2, 4)] == [0, 0, 2]

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from codebook_ranks import AFTER, CODES, DEAD, MODES, WIDTH
-from conftest import ended, found, start_ranks
+from conftest import ran
 from scipy import stats
 
 from mage_ds.engine import checkpoint, codebook
@@ -18,13 +18,7 @@ MODE_NAMES = [f"{stage} {precision}" for stage, precision in MODES]
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codebook")
-    started = start_ranks(folder, 2, script="codebook_ranks.py")
-    try:
-        ended(started, folder)
-    finally:
-        for one in started:
-            one.kill()
-    return found(folder, 2)
+    return ran(folder, 2, script="codebook_ranks.py")
 
 
 def loops(world: int) -> list:

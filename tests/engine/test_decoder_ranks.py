@@ -4,7 +4,7 @@ import decoder_ranks as made
 import pytest
 import tiny
 import torch
-from conftest import ended, found, start_ranks
+from conftest import ran
 from safetensors.torch import load_file
 
 from mage_ds import keyed
@@ -16,13 +16,7 @@ pytestmark = pytest.mark.processes
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, me):
     folder = tmp_path_factory.mktemp("decoder_ranks")
-    started = start_ranks(folder, 2, script="decoder_ranks.py")
-    try:
-        ended(started, folder)
-    finally:
-        for one in started:
-            one.kill()
-    return folder, found(folder, 2)
+    return folder, ran(folder, 2, script="decoder_ranks.py")
 
 
 @pytest.fixture(scope="module")
