@@ -27,6 +27,7 @@ REQUIRES = [
     "psutil>=5.9",
     "packaging>=23",
     "scikit-learn>=1.4,<1.11",  # 1.11 drops the probabilities of SVC
+    "huggingface_hub>=0.23",  # where timm keeps weights
     "torch-fidelity>=0.4.0",  # Inception's features
     "scipy>=1.11",  # distances to a mask's border
     "scikit-image>=0.22",  # photographs of `prepare --sample photos`

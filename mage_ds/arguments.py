@@ -4,7 +4,8 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 
-_METRICS = ("readable",)
+_METRICS = ("readable", "fid", "fid_infinity", "is", "kid", "prc")
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as evaluation.features.FILE, which imports torch
 
 
 def _number(kind: type, low: float, high: float | None = None) -> Callable[[str], float]:
@@ -52,6 +53,25 @@ def _take_recipe(parser: argparse.ArgumentParser, called: str = "name") -> None:
 def _take_samples(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=_count, default=1_281_167, metavar="N", help="pictures of the data set (ImageNet-1K's)"
+    )
+
+
+def _take_decoding(parser: argparse.ArgumentParser, drop: bool = True) -> None:
+    decoding = parser.add_argument_group("decoding; without them as the model's recipe says")
+    decoding.add_argument("--steps", type=_count, metavar="T", help="decoding iterations")
+    decoding.add_argument("--temperature", type=_number(float, 0), metavar="TAU", help="noise of what stays")
+    decoding.add_argument("--token-temperature", type=_number(float, 0), metavar="TAU", help="of the tokens drawn")
+    decoding.add_argument("--order", choices=("confidence", "halton"), help="which tokens stay first")
+    if drop:
+        decoding.add_argument(
+            "--drop",
+            type=_number(float, 0, 0.999),
+            metavar="F",
+            help="share of the tokens left out of the encoder, early",
+        )
+    decoding.add_argument("--guidance", type=_number(float, 0), metavar="S", help="towards the class; 0: none")
+    decoding.add_argument(
+        "--guidance-schedule", choices=("constant", "linear", "power-cosine"), help="the guidance over the steps"
     )
 
 
@@ -106,18 +126,7 @@ def sample(parser: argparse.ArgumentParser) -> None:
         "--class-label", metavar="3|0..9|1,4", help="what to show, in turn: numbers or names (all classes)"
     )
     parser.add_argument("--seed", type=_number(int, 0), default=0, help="start of the noise (0)")
-    decoding = parser.add_argument_group("decoding; without them as the model's recipe says")
-    decoding.add_argument("--steps", type=_count, metavar="T", help="decoding iterations")
-    decoding.add_argument("--temperature", type=_number(float, 0), metavar="TAU", help="noise of what stays")
-    decoding.add_argument("--token-temperature", type=_number(float, 0), metavar="TAU", help="of the tokens drawn")
-    decoding.add_argument("--order", choices=("confidence", "halton"), help="which tokens stay first")
-    decoding.add_argument(
-        "--drop", type=_number(float, 0, 0.999), metavar="F", help="share of the tokens left out of the encoder, early"
-    )
-    decoding.add_argument("--guidance", type=_number(float, 0), metavar="S", help="towards the class; 0: none")
-    decoding.add_argument(
-        "--guidance-schedule", choices=("constant", "linear", "power-cosine"), help="the guidance over the steps"
-    )
+    _take_decoding(parser)
     files = parser.add_argument_group("files and machine")
     files.add_argument(
         "--format",
@@ -169,29 +178,71 @@ def edit(parser: argparse.ArgumentParser) -> None:
         "--feather", type=_number(int, 0), default=0, metavar="N", help="with it: blend over N pixels inwards (0)"
     )
     parser.add_argument("--show-mask", action="store_true", help="also draw which tokens a mask touches")
-    parser.add_argument("--steps", type=_count, metavar="T", help="decoding iterations (the model's)")
-    parser.add_argument(
-        "--temperature", type=_number(float, 0), metavar="TAU", help="noise of what stays (the model's)"
-    )
-    parser.add_argument("--guidance", type=_number(float, 0), metavar="S", help="towards the class (the model's)")
+    _take_decoding(parser, drop=False)  # a picture's result would depend on its company
     parser.add_argument("--batch", type=_count, metavar="B", help="pictures computed together (what suits the device)")
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "float32"), default="float32", help="of the model (float32)"
+    )
     parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (the newest)")
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="folder of pictures that `sample` made; or a tokenizer")
-    made = parser.add_argument_group("made pictures, beside labelled real ones")
-    made.add_argument("--reference", metavar="DATA", help="folder of labelled real pictures")
-    made.add_argument("--metrics", type=_some(_METRICS), metavar="LIST", help=f"of {', '.join(_METRICS)}")
-    made.add_argument("--run", help="run of the samples: adds rows for its reconstructions and for copying")
-    tokenizer = parser.add_argument_group("a tokenizer, on pictures of your own")
-    tokenizer.add_argument("--data", metavar="DATA", help="folder of pictures to tokenize and draw again")
-    tokenizer.add_argument("--against", metavar="DATA2", help="pictures that it is known to fit: does it fit DATA?")
-    tokenizer.add_argument("--inception", metavar="FILE", help="Inception's weights (torch-fidelity's): adds rFID")
-    tokenizer.add_argument("--lpips-weights", metavar="FILE", help="VGG-16's weights for LPIPS (torchvision's cached)")
+    """Nothing has a default here: what is given says what is meant (see cli)."""
     parser.add_argument(
-        "--out", metavar="DIR", help="folder for results.json (SOURCE; of a tokenizer: evaluated/DATA in its folder)"
+        "source", nargs="?", metavar="SOURCE", help="a MAGE, pictures (a folder, tars, npz); or a tokenizer"
     )
+    made = parser.add_argument_group("pictures, or a MAGE that draws them, beside real ones")
+    made.add_argument(
+        "--reference", metavar="DATA|NPZ", help="real pictures (train/ where there is one), or statistics of them"
+    )
+    made.add_argument(
+        "--metrics",
+        type=_some(_METRICS),
+        metavar="LIST",
+        help=f"of {', '.join(_METRICS)} (readable; with --features fid,kid,prc, with --inception is too)",
+    )
+    made.add_argument("--inception", metavar="FILE", help=f"Inception's weights: {_INCEPTION}, of torch-fidelity")
+    made.add_argument(
+        "--features", metavar="timm:NAME[:FILE]|run:PATH", help="another extractor: a model of timm, or a MAGE"
+    )
+    made.add_argument("--run", help="with readable: run of the samples: adds rows for its reconstructions and copies")
+    made.add_argument("--definition", choices=("torch-fidelity", "adm"), help="whose IS splits, precision and recall")
+    made.add_argument("--kid-subset", type=_number(int, 2), metavar="N", help="pictures of a subset of KID (1000)")
+    made.add_argument(
+        "--neighbours",
+        choices=("auto", "on", "off"),
+        help="look for copies, and for the best and worst (auto: where the reference has 100,000 pictures at most)",
+    )
+    drawn = parser.add_argument_group("of a MAGE as SOURCE; its pictures are drawn, looked at and thrown away")
+    drawn.add_argument(
+        "-n", "--num", type=_count, metavar="N", help="pictures: index 0 to N - 1 (50,000; of files: all)"
+    )
+    drawn.add_argument(
+        "--per-class", type=_count, metavar="N", help="so many of each class instead, and ADM's definitions (ADM: 50)"
+    )
+    drawn.add_argument("--keep", metavar="DIR", help="also write them there, as `sample` does")
+    drawn.add_argument("--tokenizer", metavar="PATH", help="where SOURCE comes without one")
+    drawn.add_argument("--class-label", metavar="3|0..9|1,4", help="as of `sample` (all classes, in turn)")
+    drawn.add_argument("--seed", type=_number(int, 0), help="start of the noise (0)")
+    drawn.add_argument("--precision", choices=("auto", "bf16", "float32"), help="of the MAGE (float32)")
+    drawn.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (the newest)")
+    drawn.add_argument("--round", action="store_true", help="round pixels (the published code truncates them)")
+    _take_decoding(parser)
+    tokenizer = parser.add_argument_group("a tokenizer, on pictures of your own (with --inception: rFID)")
+    tokenizer.add_argument(
+        "--data",
+        metavar="DATA",
+        help="pictures to tokenize and draw again; beside --reference: reconstructions of which that is measured",
+    )
+    tokenizer.add_argument("--against", metavar="DATA2", help="pictures that it is known to fit: does it fit DATA?")
+    tokenizer.add_argument("--lpips-weights", metavar="FILE", help="VGG-16's weights for LPIPS (torchvision's cached)")
+    other = parser.add_argument_group("without a SOURCE")
+    other.add_argument("--make-reference", metavar="DATA", help="write statistics of real pictures to the npz --out")
+    other.add_argument("--size", type=_number(int, 8), metavar="PX", help="with it: Resize and centre crop (256)")
+    other.add_argument("--replay", metavar="results.json", help="the same evaluation anew: does it give these figures?")
+    parser.add_argument("--batch", type=_count, metavar="B", help="pictures computed together (what OUT has; else 64)")
+    parser.add_argument("--threads", type=_number(int, 1, 1024), metavar="N", help="CPU threads of one process (1)")
+    parser.add_argument("--out", metavar="DIR", help="folder for results.json; any number of processes may share it")
 
 
 def export(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +344,8 @@ def bench_tokens(parser: argparse.ArgumentParser) -> None:
 def bench_samplers(parser: argparse.ArgumentParser) -> None:
     orders = ("confidence", "halton")
     parser.add_argument("run", metavar="RUN", help="a run's folder; or an export, or a file of the authors'")
+    parser.add_argument("--tokenizer", metavar="PATH", help="where RUN comes without one")
+    parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (the newest)")
     parser.add_argument("--num", type=_count, default=256, metavar="N", help="pictures of each row (256)")
     parser.add_argument(
         "--steps", type=_each(_count), default=[4, 8, 16, 32], metavar="LIST", help="numbers of steps T (4,8,16,32)"
@@ -313,6 +366,12 @@ def bench_samplers(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("float32", "bf16"), default="float32", help="of the model; choices are in float64"
     )
     parser.add_argument("--compile", dest="compiled", action="store_true", help="also time the compiled step")
+
+
+def bench_metrics(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pictures", metavar="DIR", help="for Inception: a folder, tars, npz (made ones of 256 px)")
+    parser.add_argument("--inception", metavar="FILE", help=f"{_INCEPTION} (random weights, which take as long)")
+    parser.add_argument("--images", type=_count, default=64, metavar="N", help="pictures of each round (64)")
 
 
 def checkpoints(parser: argparse.ArgumentParser) -> None:

@@ -137,20 +137,49 @@ def _train(args: argparse.Namespace) -> None:
         _task("pretrain", "pretrain", tokenizer=args.tokenizer, init=args.init, **common)
 
 
+_FIGURES = ("metrics", "inception", "features", "definition", "kid_subset", "neighbours", "num", "per_class", "keep")
+_FIGURES += ("tokenizer", "class_label", "seed", "precision", "checkpoint", "round", "steps", "temperature", "order")
+_FIGURES += ("data", "token_temperature", "drop", "guidance", "guidance_schedule", "batch", "threads")
+_EVALUATIONS = {  # what says which one is meant -> what may stand beside it
+    "reference": ("source", "metrics", "run"),
+    "data": ("source", "against", "inception", "lpips_weights"),
+    "reference with --inception or --features": ("source", "reference", *_FIGURES),
+    "make-reference": ("inception", "features", "size", "batch", "threads"),
+    "replay": (),
+}
+
+
 def _evaluate(args: argparse.Namespace) -> None:
-    """Two things have one verb, because both say how good something is; --reference or --data says which."""
-    groups = {"reference": ("metrics", "run"), "data": ("against", "inception", "lpips_weights")}
-    if (args.reference is None) == (args.data is None):
-        raise UserError("evaluate: give --reference DATA for made pictures, or --data DATA for a tokenizer")
-    mode, other = ("reference", "data") if args.data is None else ("data", "reference")
-    for name in groups[other]:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} goes with --{other}, not with --{mode}; leave it out")
-    given = {name: getattr(args, name) for name in (mode, *groups[mode], "out") if getattr(args, name) is not None}
+    """Several things have one verb, because all say how good something is; what is given says which is meant."""
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    modes = [name for name in ("reference", "data", "make_reference", "replay") if name in given]
+    if {"reference", "data"} <= {*modes}:  # reconstructions of the one beside the other
+        modes.remove("data")
+    if len(modes) != 1:
+        raise UserError(
+            "evaluate: give --reference DATA for pictures or a model that makes them, or --data DATA for a tokenizer "
+            "(or --make-reference DATA, or --replay results.json, without a SOURCE)"
+        )
+    mode, figures = modes[0].replace("_", "-"), set(given.get("metrics", [])) - {"readable"}
+    if mode == "reference" and (figures or {"inception", "features"} & {*given}):
+        mode = "reference with --inception or --features"
+    for name in given:
+        if name not in (*_EVALUATIONS[mode], modes[0], "out"):
+            where = next(each for each, names in _EVALUATIONS.items() if name in names)
+            word = "SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{word} goes with --{where}, not with --{mode}; leave it out")
+    if "source" in _EVALUATIONS[mode] and "source" not in given:
+        raise UserError(f"evaluate: give a SOURCE, which is measured, beside --{modes[0]}")
     if mode == "data":
-        _task("evaluate_tokenizer", "evaluate_tokenizer", tokenizer=args.source, **given)
+        _task("evaluate_tokenizer", "evaluate_tokenizer", tokenizer=given.pop("source"), **given)
+    elif mode == "reference":
+        _task("evaluate", "evaluate", **given)
+    elif mode == "make-reference":
+        _task("score", "make_reference", data=given.pop("make_reference"), **given)
+    elif mode == "replay":
+        _task("score", "replay", results=given.pop("replay"), **given)
     else:
-        _task("evaluate", "evaluate", source=args.source, **given)
+        _task("score", "score", **given)
 
 
 _BENCHES = {
@@ -166,6 +195,13 @@ _BENCHES = {
         "  mage-ds bench samplers work/mage --steps 20 --orders confidence --drop 0.5 --compile",
         arguments.bench_samplers,
         lambda args: _task("bench_samplers", "samplers", **vars(args)),
+    ),
+    "metrics": _Verb(
+        "the figures of `evaluate` beside torch-fidelity's on the same features, and the time of both",
+        "  mage-ds bench metrics\n  mage-ds bench metrics --pictures work/digits --inception FILE",
+        arguments.bench_metrics,
+        lambda args: _task("bench_metrics", "metrics", **vars(args)),
+        alone=True,
     ),
     "listing": _Verb(
         "time and memory of opening a large data set, with and without its cache",
@@ -222,7 +258,11 @@ _VERBS = {
         alone=True,
     ),
     "evaluate": _Verb(
-        "measure made pictures against real ones, or how well a tokenizer draws pictures",
+        "FID and other figures of a model or of pictures, or how well a tokenizer draws pictures",
+        "  mage-ds evaluate work/mage --reference work/digits --features run:work/mage --num 5000 --out work/score\n"
+        "  deepspeed --module mage_ds evaluate RUN --reference IMAGENET/val --inception FILE --out work/score\n"
+        "  mage-ds evaluate --make-reference IMAGENET/val --inception FILE --out work/imagenet_256.npz\n"
+        "  mage-ds evaluate --replay work/score/results.json\n"
         "  mage-ds evaluate work/samples --reference work/digits --metrics readable --run work/mage\n"
         "  mage-ds evaluate work/tokenizer --data ~/pictures --against work/digits",
         arguments.evaluate,

@@ -15,16 +15,23 @@ class UserError(Exception):
 
 
 def refuse_differences(
-    out, what: str, before: dict, settings: dict, brief: Callable[[object], str], free: Container[str] = ()
+    out,
+    what: str,
+    before: dict,
+    settings: dict,
+    brief: Callable[[object], str],
+    free: Container[str] = (),
+    how: str = "holds",
 ) -> None:
     """UserError that names every setting, but those in `free`, in which a folder's content was made otherwise.
 
-    what: that content, in the plural; before, settings: then and now; brief: a value as the line shows it.
+    what: that content, in the plural; before, settings: then and now; brief: a value as the line shows it; how: what
+    the folder does with that content.
     """
     keys = [key for key in settings if key not in free and before.get(key) != settings[key]]
     if keys:
         said = "; ".join(f"{key} {brief(before.get(key))} there, {brief(settings[key])} here" for key in keys)
-        raise UserError(f"--out {out}: holds {what} of other settings ({said}); choose another folder")
+        raise UserError(f"--out {out}: {how} {what} of other settings ({said}); choose another folder")
 
 
 class Stopped(Exception):

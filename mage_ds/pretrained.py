@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mage_ds.engine import stored
+from mage_ds.engine import inference, stored
 from mage_ds.errors import UserError
 from mage_ds.inputs import convert
-from mage_ds.sampling import decode, regions
+from mage_ds.sampling import decode, regions, settings
 from mage_ds.sampling.tiles import tiles
 
 # A tile by default, (pixels, most pictures): a single picture is computed as a whole tile too, so on a CPU, where more
@@ -59,14 +59,16 @@ class Pretrained:
 
     kind: "mage", "tokenizer" or "classifier"; path, origin: what was opened, and what it is; image_size: pixels of a
     side of the pictures that it was trained on; factor: pixels of a side of one token; device, dtype: where and in
-    what it computes; sampling: its own of a recipe's `sampling`; classes: names of its labels, where known; tile:
-    pictures of this size computed together by default; mage, tokenizer, classifier: torch modules, None where missing.
+    what it computes; sampling: its own of a recipe's `sampling`; classes: names of its labels, label_dropout: share of
+    the pictures that it learned without one, both where known; tile: pictures of this size computed together by
+    default; mage, tokenizer, classifier: torch modules, None where missing.
     """
 
     def __init__(self, opened: stored.Stored, path: str, device: torch.device, dtype: torch.dtype):
         """`opened` gives its modules away: they are moved and converted in place."""
         self.kind, self.path, self.origin, self.image_size = opened.kind, path, opened.origin, opened.image_size
         self.device, self.dtype, self.sampling, self.classes = device, dtype, opened.sampling, opened.classes
+        self.label_dropout = opened.label_dropout
         self.mage, self.classifier, self.tokenizer = opened.mage, opened.classifier, opened.tokenizer
         self._exact = torch.promote_types(dtype, torch.float32)
         self.tile = self._batch(None, self.image_size**2)
@@ -75,7 +77,7 @@ class Pretrained:
                 module.to(device, dtype)
         if self.tokenizer is not None:
             for part in (self.tokenizer.encoder, self.tokenizer.decoder):
-                part.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+                part.to(device=device, dtype=dtype, memory_format=inference.layout(device))
             # A codebook in bf16 would be another codebook.
             self.tokenizer.quantize.to(device, self._exact)
             self.factor = self.tokenizer.factor
@@ -168,19 +170,23 @@ class Pretrained:
         class_label=None,
         *,
         guidance: float | None = None,
+        guidance_schedule: str | None = None,
+        order: str | None = None,
+        token_temperature: float | None = None,
         batch: int | None = None,
     ) -> Tensor:
         """New pictures by iterative decoding (paper section 5): float (num, 3, H, W) in [0, 1].
 
         Picture i is a function of (model, seed, i): those of `mage-ds sample --seed --batch` where float32, batch and
         CPU threads are the same. All are kept in memory; `mage-ds sample` writes many to disk.
-        Args: steps, temperature, guidance: T, tau and the weight of the label, by default the model's own, as is the
-        rest of `sampling`; class_label: of a model that takes one, for all pictures or for each (-1, None: none).
+        Args: steps to temperature and guidance to token_temperature: fields of a recipe's `sampling`, by default the
+        model's own, as is the rest; class_label: of a model that takes one, for all pictures or for each (-1, None:
+        none).
         """
-        mage = self.require("mage", "generate", "tokenizer")
+        given, mage = settings.given(locals()), self.require("mage", "generate", "tokenizer")
         num = convert.whole("num", num, 1)
         labels = self._labels(class_label, num)
-        how, seed = self._how(steps, temperature, guidance, labels), convert.whole("seed", seed, 0)
+        how, seed = self._how(given, labels), convert.whole("seed", seed, 0)
         batch, made = self._batch(batch, self.image_size**2), []
         empty = torch.zeros(batch, mage.tokens, dtype=torch.int64, device=self.device)
         every = torch.ones_like(empty, dtype=torch.bool)
@@ -202,6 +208,9 @@ class Pretrained:
         class_label=None,
         *,
         guidance: float | None = None,
+        guidance_schedule: str | None = None,
+        order: str | None = None,
+        token_temperature: float | None = None,
         composite: bool = False,
         feather: int = 0,
         index=None,
@@ -220,12 +229,13 @@ class Pretrained:
             images = model.edit(images, mask, seed=1, composite=True, feather=8)
             variants = model.edit([image] * 4, mask)
         """
+        given = settings.given(locals())
         self.require("mage", "edit", "tokenizer")
         count, stream = convert.pictures(images)
         stream = stream if count is not None else list(stream)
         count = len(stream) if count is None else count
         mask, labels = self._pixel_mask(mask, count), self._labels(class_label, count)
-        how, seed = self._how(steps, temperature, guidance, labels), convert.whole("seed", seed, 0)
+        how, seed = self._how(given, labels), convert.whole("seed", seed, 0)
         how |= {"drop": 0.0}  # it would go by the smallest mask of a tile: a picture would depend on its company
         feather = convert.whole("feather", feather, 0)
         if feather and not composite:
@@ -246,7 +256,7 @@ class Pretrained:
 
     def _encode(self, images: Tensor) -> Tensor:
         with _float32_convolutions():
-            z = self.tokenizer.encoder(images.to(self.dtype, memory_format=torch.channels_last))
+            z = self.tokenizer.encoder(images.to(self.dtype, memory_format=inference.layout(self.device)))
         return self.tokenizer.quantize.nearest(z)
 
     def _decode(self, tokens: Tensor, grid) -> Tensor:
@@ -321,14 +331,8 @@ class Pretrained:
             return max(1, min(most, budget // pixels))
         return convert.whole("batch", batch, 1)
 
-    def _how(self, steps, temperature, guidance, labels) -> dict:
-        """The arguments of `decode` that a recipe's `sampling` names: the model's own, but for what is given."""
-        if guidance and labels is None:
-            raise UserError(f"guidance {convert.brief(guidance)}: moves towards a label; give class_label too")
-        given = {"steps": steps, "temperature": temperature, "guidance": guidance}
-        how = self.sampling | {name: value for name, value in given.items() if value is not None}
-        how["steps"] = convert.whole("steps", how["steps"], 1)
-        return how | {name: convert.real(name, how[name], 0) for name in ("temperature", "guidance")}
+    def _how(self, given: dict, labels: Tensor | None) -> dict:
+        return settings.chosen(self.sampling, given, labels, self.mage.classes, self.label_dropout)
 
     def _labels(self, given, count: int) -> Tensor | None:
         """int64 (count,); None where no label is given."""

@@ -13,7 +13,9 @@ SIDE, FACTOR, CODES = 32, 4, 64  # pixels, pixels of a token, codes
 TOKENS = (SIDE // FACTOR) ** 2
 
 
-def make_export(folder: Path, classes: int | None = None, tokenizer: bool = True, **sampling) -> Path:
+def make_export(
+    folder: Path, classes: int | None = None, tokenizer: bool = True, label_dropout: float | None = None, **sampling
+) -> Path:
     stack = {"depth": 1, "width": 32, "heads": 2}
     numbers = {"encoder": stack, "decoder": stack, "tokens": TOKENS, "codes": CODES, "vocabulary": CODES + 2}
     numbers |= {"dropout": 0.1, "padding": "cls", "classes": classes}
@@ -29,5 +31,7 @@ def make_export(folder: Path, classes: int | None = None, tokenizer: bool = True
     beside = Parts("tokenizer", drawn, parts[1], SIDE, origin="") if tokenizer else None
     folder.mkdir(parents=True)
     side = SIDE if tokenizer else 16 * SIDE // FACTOR  # without one a token is held to be 16 px
-    exported.write(folder, Parts("mage", numbers, parts[0], side, origin="", tokenizer=beside, sampling=fields))
+    facts = {} if label_dropout is None else {"recipe": {"label_dropout": label_dropout}}
+    made = Parts("mage", numbers, parts[0], side, origin="", tokenizer=beside, sampling=fields, facts=facts)
+    exported.write(folder, made)
     return folder

@@ -144,6 +144,7 @@ def test_other_verbs(calls, front):
     edit = {"run": "R", "pictures": ["a.png", "b.png"], "region": ["inpaint:1,2,3,4", "m.png"], "out": "D"}
     edit |= {"tokenizer": None, "variants": 4, "class_label": "2,0", "seed": 0, "composite": True, "feather": 4}
     edit |= {"show_mask": False, "steps": None, "temperature": None, "guidance": None, "batch": None}
+    edit |= {"token_temperature": None, "order": None, "guidance_schedule": None, "precision": "float32"}
     edit |= {"checkpoint": None}
     evaluate = {"source": "D", "reference": "P", "run": "R"}
     fitness = {"tokenizer": "T", "data": "P", "against": "Q", "lpips_weights": "F", "out": "E"}
@@ -164,6 +165,37 @@ def test_other_verbs(calls, front):
         ("inspect", "recipes", {"name": "digits_mage"}),
         ("inspect", "recipes", {"name": None}),
     ]
+
+
+def test_evaluations(calls):
+    """What is given says which one is meant; what is not given is left to the task."""
+    for line in (
+        "evaluate M --reference P --features run:M -n 9 --seed 0 --temperature 0 --round --out E --keep K",
+        "evaluate D --reference S.npz --inception F --metrics fid,is",
+        "evaluate M --reference P --metrics fid_infinity --features timm:resnet18 --per-class 50 --definition adm",
+        "evaluate --make-reference P --inception F --size 32 --out S.npz",
+        "evaluate --replay results.json --out E",
+    ):
+        assert cli.main(line.split()) == 0
+    drawn = {"source": "M", "reference": "P", "features": "run:M", "num": 9, "seed": 0, "temperature": 0.0}
+    balanced = {"source": "M", "reference": "P", "metrics": ["fid_infinity"], "features": "timm:resnet18"}
+    assert calls == [
+        ("score", "score", drawn | {"round": True, "out": "E", "keep": "K"}),
+        ("score", "score", {"source": "D", "reference": "S.npz", "inception": "F", "metrics": ["fid", "is"]}),
+        ("score", "score", balanced | {"per_class": 50, "definition": "adm"}),
+        ("score", "make_reference", {"data": "P", "inception": "F", "size": 32, "out": "S.npz"}),
+        ("score", "replay", {"results": "results.json", "out": "E"}),
+    ]
+
+
+def test_what_the_help_repeats():
+    """Names that the parser says without importing what they are from."""
+    from mage_ds import arguments
+    from mage_ds.evaluation import features, figures
+    from mage_ds.tasks import evaluate
+
+    assert arguments._INCEPTION == features.FILE
+    assert (*evaluate.METRICS, *figures.METRICS) == arguments._METRICS
 
 
 # ---- mistakes
@@ -199,6 +231,12 @@ TRAIN = "train pretrain_vit_base --data P --out R"
         ("evaluate T --data P --metrics readable", ["--metrics goes with --reference"]),
         ("evaluate D --reference P --against Q", ["--against goes with --data"]),
         ("evaluate D --reference P --lpips-weights F", ["--lpips-weights goes with --data"]),
+        ("evaluate --reference P", ["give a SOURCE", "--reference"]),
+        ("evaluate D --reference P --num 5", ["--num goes with --reference with --inception or --features"]),
+        ("evaluate D --reference P --run R --features run:M", ["--run goes with --reference, not with"]),
+        ("evaluate D --replay results.json", ["SOURCE goes with --reference, not with --replay"]),
+        ("evaluate D --make-reference P --out S.npz", ["SOURCE goes with", "not with --make-reference"]),
+        ("evaluate D --reference P --per-class 0", ["--per-class: 0"]),
         ("evaluate D --reference P --metrics readable,fidd", ["--metrics: fidd", "one of readable"]),
         ("prepare --sample emojis", ["--sample", "digits", "photos"]),
         ("prepare S --out P --val-fraction 2", ["--val-fraction: 2", "from 0 to 1"]),

@@ -151,3 +151,41 @@ def test_wrong_labels_are_refused(conditional, label, said):
     with pytest.raises(UserError) as error:
         conditional.generate(3, class_label=label)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_that_always_saw_a_label_needs_one(tmp_path):
+    never = mage_ds.from_pretrained(make_export(tmp_path / "never", classes=3, label_dropout=0), device="cpu")
+    some = mage_ds.from_pretrained(make_export(tmp_path / "some", classes=3, label_dropout=0.1), device="cpu")
+    assert (never.label_dropout, some.label_dropout) == (0, 0.1)
+    picture, mask = np.zeros((32, 32, 3), np.uint8), np.ones((32, 32), bool)
+    for call in (lambda model, **how: model.generate(1, **how), lambda model, **how: model.edit(picture, mask, **how)):
+        call(never, class_label=1, steps=1)
+        for how, said in [
+            ({}, "class_label: this model was trained with label_dropout 0 and cannot do without a label; give one"),
+            ({"class_label": [-1]}, "class_label: this model was trained with label_dropout 0"),
+            ({"class_label": 1, "guidance": 2}, "guidance 2: this model was trained with label_dropout 0"),
+        ]:
+            with pytest.raises(UserError) as error:
+                call(never, **how)
+            assert str(error.value).startswith(said) and "\n" not in str(error.value)
+            call(some, steps=1, **how)
+
+
+def test_how_tokens_are_drawn_may_be_given(conditional):
+    tokens, labels, seen = torch.zeros(2, 64, dtype=torch.int64), torch.tensor([1, 1]), []
+    noise = decode.keyed_noise(0, np.arange(2), 64)
+    for more in ({"order": "confidence"}, {"token_temperature": 0.5}, {"guidance_schedule": "linear"}):
+        how = conditional.sampling | more
+        filled = decode.decode(conditional.mage, tokens, tokens == 0, noise=noise, labels=labels, **how)
+        made = conditional.generate(2, class_label=1, batch=2, **more)
+        assert torch.equal(made, conditional.detokenize(filled, batch=2))
+        assert torch.equal(made, conditional.edit(made, np.ones((32, 32), bool), class_label=1, batch=2, **more))
+        seen.append(made.numpy().tobytes())
+    assert len({*seen, conditional.generate(2, class_label=1, batch=2).numpy().tobytes()}) == 4
+    for more, said in [
+        ({"order": "random"}, "order 'random': must be one of confidence, halton"),
+        ({"guidance_schedule": 3}, "guidance_schedule 3: must be one of constant, linear"),
+        ({"token_temperature": -1}, "token_temperature -1: must be a finite number"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            conditional.generate(2, class_label=1, **more)

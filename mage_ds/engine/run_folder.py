@@ -179,9 +179,11 @@ def _lock(out: Path) -> None:
     if _busy(out):
         raise UserError(f"--out {out}: another process is training in it; wait for it or stop it")
     if not _is_mine(out):
-        _locked = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the process lives)
-        if not lock(_locked):
+        file = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the process lives)
+        if not lock(file):
+            file.close()
             raise UserError(f"--out {out}: another process has just begun to train in it; stop it or wait")
+        _locked = file
 
 
 def _is_mine(out: Path) -> bool:

@@ -28,8 +28,9 @@ class Stored:
 
     kind: "mage", "tokenizer" or "classifier"; the model of that name, and the tokenizer where one came along;
     image_size: pixels of a side; sampling: the fields of a recipe's section, empty but for a mage; classes: names of
-    the first of its labels, where they are known; unused: tensors of a foreign file that nothing here uses; origin: one
-    line, what it is and where from.
+    the first of its labels, where they are known; label_dropout: of a model with classes the share of the samples that
+    it was trained on without their label, None where that is not known: at 0 it predicts nothing of use without one;
+    unused: tensors of a foreign file that nothing here uses; origin: one line, what it is and where from.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Stored:
     image_size: int
     sampling: dict
     classes: list[str]
+    label_dropout: float | None
     unused: dict[str, Tensor]
     origin: str
 
@@ -70,7 +72,15 @@ def open_model(path: Path, tokenizer: Path | None = None, step: int | None = Non
         built["tokenizer"] = build(parts.tokenizer)
     models = {kind: built.get(kind) for kind in ("mage", "classifier", "tokenizer")}
     classes = [safe.printable(name) for name in parts.facts.get("classes", [])]
-    return Stored(parts.kind, **models, classes=classes, **{name: getattr(parts, name) for name in _SHARED})
+    beside = {name: getattr(parts, name) for name in _SHARED}
+    return Stored(parts.kind, **models, classes=classes, label_dropout=_label_dropout(parts), **beside)
+
+
+def _label_dropout(parts: Parts) -> float | None:
+    """What the recipe says, a run's or that of an export's config.json, which may be a stranger's."""
+    recipe = parts.facts.get("recipe")
+    share = recipe.get("label_dropout") if parts.model.get("classes") and isinstance(recipe, dict) else None
+    return float(share) if type(share) in (int, float) and 0 <= share < 1 else None
 
 
 def open_parts(path: Path, step: int | None = None, advance: Callable[[int], object] | None = None) -> Parts:
@@ -104,7 +114,8 @@ def _parts_of_run(path: Path, step: int | None, advance) -> Parts:
         weights |= _frozen_of_run(path, "encoder", meta.get("encoder")).weights
     shapes = expected(kind, model, path)
     check(weights, shapes, weights.keys() - shapes.keys(), path)
-    tokenizer = _frozen_of_run(path, "tokenizer") if kind == "mage" else None
+    # Checkpoints of runs that were begun without that entry are opened as they are.
+    tokenizer = _frozen_of_run(path, "tokenizer", meta.get("tokenizer")) if kind == "mage" else None
     facts = {"description": recipe.description, "step": meta["step"], "recipe": recipe.model_dump()}
     facts |= {name: meta[name] for name in ("data", "tokenizer", "encoder", "classes") if meta.get(name)}
     return Parts(

@@ -1,9 +1,11 @@
-"""Inception's features of pictures, as torch-fidelity computes them (FID and KID from the 2048, IS from the logits)."""
+"""What networks see of pictures, for figures made of their features: Inception as torch-fidelity has it (FID and KID
+from its 2048, IS from its logits), and pictures brought to the size that other networks were trained on."""
 
 import io
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from mage_ds.errors import UserError
 
@@ -34,6 +36,21 @@ def load_inception(path):
         raise _wrong(path, "".join(c if c.isprintable() else "?" for c in text)) from None
 
 
+@torch.no_grad()
+def fused(model):
+    """Inception with each batch norm inside of the convolution before it, in place: the same features up to rounding,
+    no farther from those in float64, a fifth faster. Its weights are other ones then."""
+    for block in model.modules():
+        if hasattr(block, "conv") and hasattr(block, "bn"):
+            conv, norm = block.conv, block.bn
+            scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+            weight = conv.weight.double() * scale[:, None, None, None]
+            shift = norm.bias.double() - norm.running_mean.double() * scale
+            conv.weight, conv.bias = (torch.nn.Parameter(each.float(), False) for each in (weight, shift))
+            block.bn = torch.nn.Identity()
+    return model
+
+
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """The file as tensors only, nothing in it is run."""
     try:
@@ -55,3 +72,21 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def _wrong(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: {reason}; Inception's weights are {FILE}, from torch-fidelity's releases")
+
+
+def fitted(images: torch.Tensor, size: int, *, short: int | None, interpolation: str = "bilinear") -> torch.Tensor:
+    """Pictures at a network's size: uint8 (B, 3, H, W) -> float32 (B, 3, size, size), whole numbers from 0 to 255.
+
+    Args: short: the short side is resized to so many pixels, with antialiasing and torchvision's rounding, then the
+    centre is cut out; None: both sides to `size`, whatever their ratio; interpolation: "bilinear" or "bicubic". As
+    Pillow does it, but for a level or two: Pillow rounds between the two axes.
+    """
+    high, wide = images.shape[2:]
+    resized = (size, size) if short is None else tuple(short * side // min(high, wide) for side in (high, wide))
+    x = images.float()
+    if resized != (high, wide):
+        x = F.interpolate(x, resized, mode=interpolation, antialias=True, align_corners=False).round().clamp(0, 255)
+    top, left = (round((side - size) / 2) for side in resized)
+    if top < 0 or left < 0:
+        raise ValueError(f"a short side of {short} has no centre of {size}")
+    return x[:, :, top : top + size, left : left + size]

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mage_ds.errors import UserError
+
+MOST = 20_000  # labelled pictures: the judge's fitting time grows with their square
 THRESHOLD = 0.8  # a picture is readable where the judge is surer than this
 PENALTY = 10  # the support vector machine's C
 SIDE = 8  # pixels: what the judge sees of a picture
@@ -42,6 +45,29 @@ class Judgement:
             **right,
             "classes": share.tolist(),
         }
+
+
+def refuse_unfit(labels: np.ndarray, classes: list[str], reference) -> None:
+    """UserError where labels int (n,), -1 = none, of these classes are not what the judge can be fitted on."""
+    if len(classes) < 2 or (labels < 0).any():
+        raise UserError(
+            f"--reference {reference}: has no labels; `readable` needs pictures in two class folders or more"
+        )
+    few = np.flatnonzero(np.bincount(labels, minlength=len(classes)) < 2)
+    if len(few):
+        raise UserError(f"--reference {reference}: class {classes[few[0]]} has fewer than 2 training pictures")
+    if len(labels) > MOST:
+        raise UserError(
+            f"--reference {reference}: {len(labels):,} training pictures; `readable` is for {MOST:,} at most"
+        )
+
+
+def wanted(names: list[str], classes: list[str], count: int) -> np.ndarray:
+    """int64 (count,): the labels of pictures that were asked for by the names of classes, in turn; -1: none of these.
+
+    A model whose classes have names may know them in another order than a reference does.
+    """
+    return np.resize([classes.index(name) if name in classes else -1 for name in names], count)
 
 
 def fit(pictures, labels):

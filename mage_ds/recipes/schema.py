@@ -343,6 +343,9 @@ class PretrainRecipe(_Recipe):
         "share of the samples whose label is withheld, so that pictures can be guided", ge=0, lt=1, default=0
     )
     sampling: Sampling = _identity("generated pictures, where the command line does not say otherwise")
+    published: dict[Literal["fid", "is"], float] | None = _machine(
+        "figures of 50,000 pictures that the paper gives, shown beside measured ones; null: none", default=None
+    )
 
     @model_validator(mode="after")
     def _agree(self):

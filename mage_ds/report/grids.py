@@ -41,8 +41,11 @@ def grid(images: np.ndarray, columns: int | None = None, pad: int = 2, captions=
 
 
 def rows(entries: list, pad: int = 2) -> np.ndarray:
-    """Labelled rows, one below the other: (caption, images uint8 (n, H, W, 3)), all of one size and n."""
-    return _labelled([(caption, images, None) for caption, images in entries], pad)
+    """Labelled rows, one below the other, all of one size and n.
+
+    entries: (caption, images uint8 (n, H, W, 3)), and perhaps n texts, one under each picture.
+    """
+    return _labelled([(caption, images, *(under or [None])) for caption, images, *under in entries], pad)
 
 
 def _labelled(entries: list, pad: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -37,6 +38,20 @@ def count(path) -> int:
             return _shape(file)[0]
     except _BROKEN:
         return 0
+
+
+def rows(out) -> dict[str, int]:
+    """Pictures in tokens.npz and manifest.csv of the folder `out`; 0 where one is damaged or not there."""
+    found = {"tokens.npz": 0, "manifest.csv": 0}
+    with (
+        suppress(*_BROKEN, FileNotFoundError),
+        zipfile.ZipFile(out / "tokens.npz") as archive,
+        archive.open("tokens.npy") as file,
+    ):
+        found["tokens.npz"] = _shape(file)[0]
+    with suppress(FileNotFoundError), open(out / "manifest.csv", "rb") as file:
+        found["manifest.csv"] = sum(1 for _ in file) - 1
+    return found
 
 
 def pngs(path, index: Iterable[int]) -> Iterator[bytes]:
@@ -91,11 +106,11 @@ def join(book, at: int, num: int) -> None:
     """Writes the joined file that begins with picture `at`, of pictures below `num`, and removes what waited for it.
 
     What an earlier, shorter one of its name holds is taken from there. Raises: FileNotFoundError where another process
-    has joined and removed it meanwhile; Damaged.
+    has joined and removed it meanwhile; Damaged; Outgrown, as `Pictures.aside`.
     """
     stop = min(at + book.shard, num)
     path = book.out / book.file(at)
-    with book.aside(path) as file:
+    with book.aside(path, lasting=True, num=num if stop < at + book.shard else None) as file:
         (_write_tar if book.form == "tar" else _write_npz)(book, file, path, at, stop)
     for start in range(at, stop, book.batch):
         book.waiting(start).unlink(missing_ok=True)
@@ -175,23 +190,23 @@ def _spans(book, at: int, stop: int) -> Iterator[tuple[int, int]]:
 def finish(book, num: int, names: Sequence[str]) -> None:
     """tokens.npz (tokens uint16 (num, N), index int64 (num,)), manifest.csv, grid.png; names: of the classes.
 
-    Raises: Damaged, FileNotFoundError as `join`.
+    Raises: Damaged, FileNotFoundError, Outgrown as `join`.
     """
+    from PIL import Image
+
+    sheet = _grid(book, num, names)
+    with book.aside(book.out / "grid.png", lasting=True, num=num) as file:
+        Image.fromarray(sheet).save(file, format="PNG")
     width = _tile(book, 0, book.tile(0))["tokens"].shape[1:]
     with (
-        book.aside(book.out / "tokens.npz") as tokens,
+        book.aside(book.out / "tokens.npz", lasting=True, num=num) as tokens,
         zipfile.ZipFile(tokens, "w", zipfile.ZIP_STORED) as archive,
-        book.aside(book.out / "manifest.csv") as table,
+        book.aside(book.out / "manifest.csv", lasting=True, num=num) as table,
     ):
         table.write(b"index,label,seed,file,sha256\n")
         write_npy(archive, "tokens", np.uint16, (num, *width), _rows(book, num, table))
         spans = (np.arange(*span).tobytes() for span in _spans(book, 0, num))
         write_npy(archive, "index", np.int64, (num,), spans)
-    sheet = _grid(book, num, names)
-    with book.aside(book.out / "grid.png") as file:
-        from PIL import Image
-
-        Image.fromarray(sheet).save(file, format="PNG")
 
 
 def tidy(book, num: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 _BEAT_S = 5  # seconds between two touches of a claim
 _STILL_S = 30  # an untouched claim is nobody's, by the clock of whoever looks
+_OLD_S = 86400  # whatever lies untouched in the folder for a day is nobody's
 _PATIENCE_S = 600  # so long a claim is respected at least, however alive its owner; see `Claims.patience`
 
 
@@ -23,7 +24,8 @@ class Claims:
     """This process's claims in `folder`, and what it has seen of others' there.
 
     patience: seconds after which the same claim of a living process is passed over too: it may hang. Whoever knows how
-    long the work takes sets more.
+    long the work takes sets more. mark: with "~" before it the end of the names of files that this process writes aside
+    in the folder, by which `sweep` knows them when it is dead.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic):
@@ -31,6 +33,7 @@ class Claims:
         self._mine: set[str] = set()
         self._seen: dict[str, tuple] = {}
         self._me = {"host": _host(), "pid": os.getpid(), "start": _started(os.getpid())}
+        self.mark = "~".join(map(str, self._me.values()))
         self._beat: threading.Thread | None = None
 
     def take(self, name: str) -> bool:
@@ -47,6 +50,29 @@ class Claims:
         self._mine.discard(name)
         with suppress(OSError):
             (self.folder / name).unlink()
+
+    def release_all(self) -> None:
+        for name in [*self._mine]:
+            self.release(name)
+
+    def busy(self) -> bool:
+        """Whether another living process seems to be at work here."""
+        return any(self._held(self.folder / name) for name in self._names() if "~" not in name)
+
+    def sweep(self) -> None:
+        """Removes what processes of this host that are dead were writing, and what has been left for a day."""
+        for name in self._names():
+            mark = name.split("~")[1:]
+            with suppress(OSError):
+                old = time.time() - (self.folder / name).stat().st_mtime > _OLD_S
+                if old or (len(mark) == 3 and _gone(*mark)):
+                    (self.folder / name).unlink()
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except OSError:
+            return []
 
     def clear(self) -> None:
         """Removes all claims, others' too: there is nothing left to do."""
@@ -69,7 +95,7 @@ class Claims:
         except FileExistsError:
             if self._held(path):
                 return False
-        part = self.folder / f".{name}.{uuid.uuid4().hex[:12]}"
+        part = self.folder / f".{name}.{uuid.uuid4().hex[:12]}~{self.mark}"
         try:
             part.write_text(text)
             os.replace(part, path)  # two may do so at once
@@ -84,7 +110,7 @@ class Claims:
                 text, touched = file.read(), os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             return True  # given back just now: the work is done, or free at the next look
-        if _dead(text, self._me["host"]):
+        if _dead(text):
             return False
         now, last = self._clock(), self._seen.get(path.name)
         if last is None or last[0] != text:
@@ -102,13 +128,17 @@ class Claims:
                     os.utime(self.folder / name)
 
 
-def _dead(text: bytes, host: str) -> bool:
+def _dead(text: bytes) -> bool:
     """Whether the claim's process was one of this host and is gone. A half-written claim tells nothing."""
     try:
         owner = json.loads(text)
-        return owner["host"] == host and _started(int(owner["pid"])) != owner["start"]
+        return _gone(owner["host"], owner["pid"], owner["start"])
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _gone(host: str, pid: int | str, start: str) -> bool:
+    return host == _host() and _started(int(pid)) != start
 
 
 def _host() -> str:

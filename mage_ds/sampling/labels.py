@@ -15,11 +15,15 @@ def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
     """
     labels = []
     for part in [text] if text in names else text.split(","):
-        low, dots, high = (part, "", "") if part in names else part.strip().partition("..")
+        low, dots, high = (part, "", "") if part in names else map(str.strip, part.partition(".."))
+        if not low or (dots and not high):
+            side = "behind" if low else "before" if high else "around"
+            where = f" {side} the dots" if dots else " beside a comma" if "," in text else ""
+            raise UserError(f"--class-label {text!r}: a label is missing{where}; write 3, 0..9 or 1,4,7")
         first = _label(low, classes, names)
         last = _label(high, classes, names) if dots else first
         if last < first:
-            raise UserError(f"--class-label {part}: runs backwards; write {high}..{low}")
+            raise UserError(f"--class-label {part.strip()}: runs backwards; write {high}..{low}")
         labels += range(first, last + 1)
     return labels
 

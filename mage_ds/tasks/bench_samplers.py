@@ -23,7 +23,6 @@ from mage_ds.sampling import decode, labels
 from mage_ds.sampling.tiles import tiles
 
 _SEED = 0
-_MOST = 20_000  # labelled pictures: the classifier's fitting time grows with their square
 _BATCH = 64
 
 
@@ -55,12 +54,15 @@ def samplers(
     steps: list[int],
     orders: list[str],
     drop: list[float],
+    tokenizer: str | None = None,
+    checkpoint: int | None = None,
     reference: str | None = None,
     batch: int | None = None,
     precision: str = "float32",
     compiled: bool = False,
 ) -> None:
-    """Prints a Markdown table: a row for each combination of `orders`, `steps` and `drop`, all with the same noise.
+    """Prints a Markdown table: a row for each combination of `orders`, `steps` and `drop`, all with the same noise, and
+    one where they name the same thing twice.
 
     The first row is the model's own T with order confidence and no drop; the same again stands last, and the difference
     of the two is what chance adds. Ratios and the used share of the peak (mfu) are of seconds, on a CPU of "CPU s": the
@@ -68,20 +70,23 @@ def samplers(
     decoding, in `precision` with the choices in float64, and the detokenizer in float32. Stopped early, it prints the
     rows that it has.
 
-    Args: run: whatever `stored.open_model` opens; reference: a data set with labels, whose classifier judges the
-    pictures; batch: pictures of a tile; compiled: time a compiled step beside the plain one.
+    Args: run, tokenizer: whatever `stored.open_model` opens; checkpoint: a run's step, by default the newest;
+    reference: a data set with labels, whose classifier judges the pictures; batch: pictures of a tile; compiled: time a
+    compiled step beside the plain one.
     Raises: UserError for a model without tokenizer, a reference without labels, and several ranks.
     """
     me = process.start()
     if me.world > 1:
         raise UserError("bench samplers: measures one engine; start it as one process, without `deepspeed`")
-    opened = stored.open_model(Path(run))
-    if opened.mage is None or opened.tokenizer is None:
-        raise UserError(f"{run}: holds no MAGE with a tokenizer; give a run of `mage-ds train`, or an export of one")
+    opened = stored.open_model(Path(run), tokenizer and Path(tokenizer), checkpoint)
+    if opened.mage is None:
+        raise UserError(f"{run}: is a {opened.kind}, which makes no pictures; give a MAGE's run, export or file")
+    if opened.tokenizer is None:
+        raise UserError(f"{run}: comes without a tokenizer; give the one that it was trained with: --tokenizer PATH")
     judge = None if reference is None else _Judge(Path(reference))
     tile_size = batch or min(_BATCH, num)
     dtype = ds_config.dtype_of(precision)
-    choices = [_Choice(*each) for each in itertools.product(orders, steps, drop)]
+    choices = dict.fromkeys(_Choice(*each) for each in itertools.product(orders, steps, drop))
     own = _Choice("confidence", opened.sampling["steps"], 0.0)
     choices = [own, *(each for each in choices if each != own), own]
     rows = [_Row(choice, operations(opened.mage, opened.sampling, choice)) for choice in choices]
@@ -215,21 +220,15 @@ class _Judge:
 
     def __init__(self, reference: Path):
         train = open_catalog(reference, "train")
-        self.names, counts = train.classes, np.bincount(train.labels + 1, minlength=len(train.classes) + 1)
-        if len(train.classes) < 2 or counts[0] or counts[1:].min(initial=2) < 2 or train.n > _MOST:
-            raise UserError(
-                f"--reference {reference}: the classifier needs pictures in two class folders or more, at least 2 in "
-                f"each and {_MOST:,} in all at most"
-            )
+        self.names = train.classes
+        readable.refuse_unfit(train.labels, train.classes, reference)
         self.classifier = readable.fit(
             [pictures.decoded(train.read(i), train.path(i)) for i in range(train.n)], train.labels
         )
 
     def __call__(self, images: np.ndarray, asked: list[str] | None) -> dict:
         """As `Judgement.summary`. asked: the names of the classes that were asked for, in turn."""
-        wanted = None
-        if asked is not None:
-            wanted = np.resize([self.names.index(name) if name in self.names else -1 for name in asked], len(images))
+        wanted = None if asked is None else readable.wanted(asked, self.names, len(images))
         return readable.readable(self.classifier, images).summary(len(self.names), wanted)
 
 

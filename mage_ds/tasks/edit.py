@@ -9,10 +9,11 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from mage_ds import files
-from mage_ds.engine import stored
+from mage_ds.engine import ds_config, stored
 from mage_ds.errors import UserError, refuse_differences
 from mage_ds.inputs import convert
 from mage_ds.pretrained import Pretrained, from_pretrained
@@ -20,9 +21,11 @@ from mage_ds.report import grids
 from mage_ds.report.pictures import writing
 from mage_ds.report.progress import counter
 from mage_ds.sampling import decode, labels, regions
+from mage_ds.sampling import settings as decoding
 
 _PER_ROW = 10  # pictures of a panel's row
-_FREE = ("run", "device", "versions", "variants")  # of edits.json: what may differ when a folder is continued
+_FREE = ("run", "model", "device", "versions", "variants")  # of edits.json: may differ when a folder is continued
+_EXACT = ("PNG", "BMP", "DIB", "GIF", "PPM", "TGA")  # PIL's formats that keep every pixel of a mask; see `_lossy`
 
 
 @dataclass(frozen=True)
@@ -47,27 +50,35 @@ def edit(
     seed: int = 0,
     steps: int | None = None,
     temperature: float | None = None,
+    token_temperature: float | None = None,
+    order: str | None = None,
     guidance: float | None = None,
+    guidance_schedule: str | None = None,
     class_label: str | None = None,
     composite: bool = False,
     feather: int = 0,
     show_mask: bool = False,
     batch: int | None = None,
+    precision: str = "float32",
     checkpoint: int | None = None,
 ) -> None:
     """Fills a region of each picture anew, several times: NAME_1.png ..., NAME.panel.png and edits.json in `out`.
 
     A picture's short side is resized to the model's size (bicubic, antialiased), then its centre square is taken;
     masks go the same way. Variant v of picture i is a function of (weights, picture, mask, seed, i, v) and the
-    settings in edits.json. What `out` holds of the same settings stays; more variants may be added.
+    settings in edits.json. What `out` holds of the same settings stays, if it is what edits.json has the checksum of;
+    more variants may be added.
 
     Args: run, tokenizer: whatever `from_pretrained` opens; region: one for all pictures or one for each: words of
-    `sampling.regions`, the file of a mask, or "alpha", the picture's own transparency; steps, temperature, guidance:
-    by default the model's own; class_label: what `labels.parse` reads, one for all or one for each; composite,
+    `sampling.regions`, the file of a mask, or "alpha", the picture's own transparency; steps to guidance_schedule: by
+    default the model's own; class_label: what `labels.parse` reads, one for all or one for each; composite,
     feather: as `Pretrained.edit`; show_mask: adds NAME.mask.png, the tokens that a mask touches; batch: pictures
-    computed together; checkpoint: a run's step, by default the newest.
-    Raises: UserError, one line, for a picture, region or setting that cannot be, and for an `out` of other settings.
+    computed together; precision: of the model, "float32", "bf16" or "auto"; checkpoint: a run's step, by default the
+    newest.
+    Raises: UserError, one line, for a picture, region or setting that cannot be, and for an `out` of other settings or
+    with files of other origin.
     """
+    given = decoding.given(locals())
     if feather and not composite:
         raise UserError(f"--feather {feather}: blends into the original, so it goes with --composite")
     if feather and "alpha" in region:
@@ -75,30 +86,33 @@ def edit(
     if guidance and class_label is None:
         raise UserError(f"--guidance {guidance}: moves towards a label; give --class-label too")
     _refuse_count("--region", region, pictures)
-    model, out = from_pretrained(run, tokenizer, step=checkpoint), Path(out)
+    out, device = Path(out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = ds_config.choose_precision(precision, device)
+    model = from_pretrained(run, tokenizer, device=device, dtype=ds_config.dtype_of(precision), step=checkpoint)
     model.require("mage", "edit", "tokenizer")
     asked = _labels(class_label, model, pictures)
+    _refuse_unlearned(model, given, asked)
     before, edits = _begun(out), _read(pictures, region, model, feather)
-    given = {"steps": steps, "temperature": temperature, "guidance": guidance}
-    how = {name: value for name, value in given.items() if value is not None}
     settings = {
         "run": str(Path(run).resolve()),
         "model": model.origin,
         "weights": stored.weights_hash(model.mage.state_dict()),
         "tokenizer": stored.weights_hash(model.tokenizer.state_dict()),
         "seed": seed,
-        "sampling": model.sampling | how,
+        "sampling": model.sampling | given | {"drop": 0.0},  # as `Pretrained.edit`: nothing is left out
         "class_label": asked,
         "composite": composite,
         "feather": feather,
+        "precision": precision,
         "batch": batch or before.get("batch", model.tile),
         "device": model.device.type,
         "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
         "pictures": [each.facts for each in edits],
     }
-    variants = _open(out, edits, settings, variants, before)
-    todo = [(i, v) for i in range(len(edits)) for v in range(1, variants + 1) if not _file(out, edits[i], v).is_file()]
-    how |= {"seed": seed, "composite": composite, "feather": feather, "batch": settings["batch"]}
+    variants, made = _open(out, edits, settings, variants, before)
+    every = [(i, v) for i in range(len(edits)) for v in range(1, variants + 1)]
+    todo = [(i, v) for i, v in every if _file(out, edits[i], v).name not in made]
+    how = given | {"seed": seed, "composite": composite, "feather": feather, "batch": settings["batch"]}
     with counter(len(todo), "picture", "edited", first=True, say=print) as advance:
         for start in range(0, len(todo), settings["batch"]):
             some = todo[start : start + settings["batch"]]
@@ -107,13 +121,17 @@ def edit(
             index = [(v - 1 << 32) + i for i, v in some]  # variant 1 has the noise of `Pretrained.edit`'s pictures
             condition = None if asked is None else [asked[i] for i in places]
             masks = np.stack([edits[i].mask for i in places])
-            made = model.edit(images, masks, class_label=condition, index=index, **how)
+            drawn = model.edit(images, masks, class_label=condition, index=index, **how)
             with writing(out):
-                for (i, v), picture in zip(some, decode.pixels(made), strict=True):
-                    grids.save(picture, _file(out, edits[i], v))
+                for (i, v), picture in zip(some, decode.pixels(drawn), strict=True):
+                    path = _file(out, edits[i], v)
+                    grids.save(picture, path)
+                    made[path.name] = files.sha256(path)
+                _write(out, settings, variants, made, complete=False)
             advance(len(some))
     with writing(out):
-        _finish(out, edits, settings, variants, model.factor, show_mask)
+        _draw_panels(out, edits, variants, composite, model.factor, show_mask)
+        _write(out, settings, variants, made, complete=True)
     print(f"{len(edits)} panel(s) in {out}; look at {out / edits[0].name}.panel.png first")
 
 
@@ -126,6 +144,17 @@ def _labels(text: str | None, model: Pretrained, pictures: list) -> list[int] | 
     asked = labels.parse(text, model.mage.classes, model.classes)
     _refuse_count("--class-label", asked, pictures)
     return asked * (len(pictures) if len(asked) == 1 else 1)
+
+
+def _refuse_unlearned(model: Pretrained, given: dict, asked: list[int] | None) -> None:
+    """What `sampling.settings` refuses too, but in the words of the command line and before anything is begun."""
+    if model.label_dropout != 0:
+        return
+    never = f"{model.path} was trained with label_dropout = 0 and cannot do without a label"
+    if asked is None:
+        raise UserError(f"--class-label is missing: {never}; give one of 0..{model.mage.classes - 1}")
+    if guidance := (model.sampling | given)["guidance"]:
+        raise UserError(f"--guidance {guidance:g}: {never}, which guidance leads away from; give --guidance 0")
 
 
 def _refuse_count(what: str, given: list, pictures: list) -> None:
@@ -171,14 +200,35 @@ def _open_image(path: Path, what: str):
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
-            if what == "mask" and image.format in ("JPEG", "MPO"):
-                raise UserError(f"{path}: is a JPEG, whose black is not quite black; save the mask as PNG")
+            if what == "mask" and _lossy(image, data):
+                raise UserError(
+                    f"{path}: is a {image.format} that may be lossy, in which black is not quite black; save the mask "
+                    "as PNG, BMP, TIFF, GIF or lossless WebP"
+                )
             return ImageOps.exif_transpose(image), hashlib.sha256(data).hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}; see the spelling") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a {what} ({why}); leave it out") from None
+
+
+def _lossy(image, data: bytes) -> bool:
+    """Whether the file may hold other pixels than were saved: around a border those would be taken to be filled."""
+    if image.format == "TIFF":
+        return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+    return image.format not in _EXACT and not (image.format == "WEBP" and _lossless_webp(data))
+
+
+def _lossless_webp(data: bytes) -> bool:
+    """Of the bytes of a WebP file: its first picture is in a chunk `VP8L`, a lossy one in `VP8 `."""
+    at = 12  # behind RIFF, the size, WEBP
+    while at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name in (b"VP8L", b"VP8 "):
+            return name == b"VP8L"
+        at += 24 if name == b"ANMF" else 8 + size + size % 2  # an animation's frame: its chunks are inside
+    return False
 
 
 def _open_picture(path: Path) -> tuple[np.ndarray, np.ndarray | None, str]:
@@ -266,32 +316,40 @@ def _begun(out: Path) -> dict:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; choose a folder")
     try:
-        before = json.loads(path.read_text())
-        return before | {"variants": int(before["variants"]), "batch": int(before["batch"])}
+        before = {"precision": "float32", "files": {}, **json.loads(path.read_text())}
+        numbers = {name: int(before[name]) for name in ("variants", "batch")}
+        return before | numbers | {"files": dict(before["files"])}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error!r}); choose another --out") from None
 
 
-def _open(out: Path, edits: list[_Edit], settings: dict, variants: int, before: dict) -> int:
-    """Creates the folder, or checks that it holds edits of the same settings; how many variants it will hold."""
+def _open(out: Path, edits: list[_Edit], settings: dict, variants: int, before: dict) -> tuple[int, dict[str, str]]:
+    """Creates the folder, or checks that it holds edits of the same settings, and no files of other origin.
+
+    Returns how many variants it will hold, and name -> checksum of those that are there. One that is there without a
+    checksum, after a kill, is made again; a changed one is nobody's to write over.
+    """
     if before:
         refuse_differences(out, "edits", before, settings, _brief, _FREE)
-        variants = max(variants, before["variants"])
-    else:
-        names = [
-            f"{each.name}{end}.png"
-            for each in edits
-            for end in (".panel", ".mask", *(f"_{v + 1}" for v in range(variants)))
-        ]
-        there = [out / name for name in names if (out / name).exists()]
-        if there:
-            raise UserError(f"{there[0]}: exists and was not made by `edit`; choose another --out")
+    variants, begun = max(variants, before.get("variants", 0)), before.get("variants", 0)
+    new = [f"{each.name}{end}.png" for each in edits for end in (".panel", ".mask") if not before]
+    new += [_file(out, each, v).name for each in edits for v in range(begun + 1, variants + 1)]
+    for name in new:
+        if (out / name).exists():
+            raise UserError(f"{out / name}: exists and was not made by `edit`; choose another --out")
+    made = {}
+    for path in (_file(out, each, v) for each in edits for v in range(1, begun + 1)):
+        if path.name in before["files"] and path.exists():
+            with writing(out):
+                made[path.name] = files.sha256(path)
+            if made[path.name] != before["files"][path.name]:
+                raise UserError(f"{path}: was changed since `edit` made it; remove it, or choose another --out")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "edits.json", {**before, **settings, "variants": variants, "complete": False})
-    return variants
+        _write(out, settings, variants, made, complete=False)
+    return variants, made
 
 
 def _brief(value) -> str:
@@ -301,35 +359,28 @@ def _brief(value) -> str:
     return str(value)[:12] if isinstance(value, str) else str(value)[:200]
 
 
-def _finish(out: Path, edits: list[_Edit], settings: dict, variants: int, factor: int, show_mask: bool) -> None:
-    """Panels, masks, and the last word of edits.json."""
-    digests = {}
+def _draw_panels(out: Path, edits: list[_Edit], variants: int, composite: bool, factor: int, show_mask: bool) -> None:
+    """NAME.panel.png of each picture: original, masked, variants; and NAME.mask.png where it is asked for."""
     for each in edits:
-        made = [_file(out, each, v) for v in range(1, variants + 1)]
-        digests |= {path.name: files.sha256(path) for path in made}
         tokens = regions.token_mask(each.mask, factor)
         # Grey is what the result does not share with the original.
-        covered = grids.mask_overlay(each.pixels, each.mask if settings["composite"] else tokens)
-        shown = np.stack([each.pixels, covered, *(_load(path, each.pixels.shape) for path in made)])
+        covered = grids.mask_overlay(each.pixels, each.mask if composite else tokens)
+        drawn = [_load(_file(out, each, v)) for v in range(1, variants + 1)]
+        shown = np.stack([each.pixels, covered, *drawn])
         captions = ["original", "masked", *range(1, variants + 1)]
         panel = grids.grid(shown, min(len(shown), _PER_ROW), captions=captions)
         grids.save(panel, out / f"{each.name}.panel.png")
         if show_mask:
             grids.save(grids.touched_tokens(each.pixels, each.mask, tokens), out / f"{each.name}.mask.png")
-    _write(out / "edits.json", {**settings, "variants": variants, "files": digests, "complete": True})
 
 
-def _load(path: Path, shape: tuple) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            picture = np.asarray(image)
-    except (OSError, ValueError, SyntaxError):
-        picture = None
-    if picture is None or picture.shape != shape:
-        raise UserError(f"{path}: is no picture that `edit` made; remove it and start again")
-    return picture
+def _load(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
-def _write(path: Path, content: dict) -> None:
-    with files.saved(path) as file:
+def _write(out: Path, settings: dict, variants: int, made: dict[str, str], *, complete: bool) -> None:
+    """edits.json; made: name -> checksum of the variants that are there."""
+    content = {**settings, "variants": variants, "files": made, "complete": complete}
+    with files.saved(out / "edits.json") as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")

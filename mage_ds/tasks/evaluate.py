@@ -19,7 +19,6 @@ from mage_ds.report import pictures, tables
 from mage_ds.sampling import labels
 
 METRICS = ("readable",)
-_MOST = 20_000  # labelled pictures: the judge's fitting time grows with their square
 _BATCH = 64
 _COLUMNS = 20  # classes that a table has room for
 _ASKED = "asked for "
@@ -95,9 +94,7 @@ def _of_samples(said: judge.Judgement, manifest: dict, classes: list[str]) -> di
         return {"samples": said.summary(len(classes))}
     asked = labels.parse(manifest["class_label"], 2**31)
     names = [labels.named(label, manifest.get("classes", [])) for label in asked]
-    # A model whose classes have names may know them in another order than the reference does.
-    known = [classes.index(name) if name in classes else -1 for name in names]
-    wanted = np.resize(known, len(said.label))
+    wanted = judge.wanted(names, classes, len(said.label))
     rows = {"samples": said.summary(len(classes), wanted)}
     turn = np.arange(len(said.label)) % len(asked)
     for name in dict.fromkeys(names):
@@ -133,15 +130,7 @@ def _samples(source: Path, manifest: dict | None) -> tuple[Iterable, np.ndarray 
 def _labelled(reference: Path) -> tuple[Catalog, Catalog | None]:
     """Training and validation split (None where there is no val/) of a data set that the judge can learn from."""
     train = open_catalog(reference, "train")
-    if len(train.classes) < 2 or (train.labels < 0).any():
-        raise UserError(
-            f"--reference {reference}: has no labels; `readable` needs pictures in two class folders or more"
-        )
-    few = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) < 2)
-    if len(few):
-        raise UserError(f"--reference {reference}: class {train.classes[few[0]]} has fewer than 2 training pictures")
-    if train.n > _MOST:
-        raise UserError(f"--reference {reference}: {train.n:,} training pictures; `readable` is for {_MOST:,} at most")
+    judge.refuse_unfit(train.labels, train.classes, reference)
     validation = open_catalog(reference, "val")
     if validation is not None and (validation.labels < 0).any():
         raise UserError(f"--reference {reference}: pictures in val/ lie outside of the class folders; move them")

@@ -45,7 +45,8 @@ def pretrain(
     data: a folder of pictures, or what `tokenize` made of one. tokenizer: a tokenizer's run folder or tokenizer
     folder, or "random" (initial values, for trials); a run that exists and a token cache have their own copies. init:
     what the frozen encoder comes from where the model has classes, a MAGE or an encoder's folder; the tokenizer that
-    lies in it will do. Raises UserError for what cannot be, Stopped after a signal.
+    lies in it will do. A run that exists has a copy of that too, and goes on with it where what `init` names is gone or
+    has been trained on. Raises UserError for what cannot be, Stopped after a signal.
     """
     options = Options(Path(out), deepspeed_config, resume, extend)
     process.start()
@@ -61,7 +62,8 @@ def pretrain(
         facts = {"data": catalog.fingerprint, "tokenizer": info["hash"]}
         copies = {"tokenizer": partial(stored.save_tokenizer, model=vqgan, **_sizes(info))}
         if encoder is not None:
-            facts |= {"encoder": below["hash"], "classes": _classes(recipe, data, catalog, validation)}
+            facts |= {"encoder": below["hash"], "init": init and str(Path(init).resolve())}
+            facts["classes"] = _classes(recipe, data, catalog, validation)
             copies["encoder"] = partial(stored.save_encoder, model=encoder, **_sizes(below))
             _warn_of_tokens(below, info["hash"])
         if cached:
@@ -119,8 +121,7 @@ def _encoder(init: str | None, recipe: PretrainRecipe, out: Path) -> tuple[Encod
             f"--init is missing: model.classes = {recipe.model.classes} trains a decoder on the encoder of a trained "
             "MAGE; give its run folder, an export or a file of the authors'"
         )
-    path = init or out / "encoder"
-    encoder, info = stored.load_encoder(Path(path))
+    path, (encoder, info) = _load_encoder(init and Path(init), out)
     asked = recipe.model.model_dump()
     for key in ("encoder", "tokens", "codes", "vocabulary"):
         if info["model"][key] != asked[key]:
@@ -132,8 +133,31 @@ def _encoder(init: str | None, recipe: PretrainRecipe, out: Path) -> tuple[Encod
     return encoder, info
 
 
+def _load_encoder(init: Path | None, out: Path) -> tuple[Path, tuple[Encoder, dict]]:
+    """What `init` names, and `stored.load_encoder` of it; the copy in `out`, with a warning, where a run that exists
+    was started with a MAGE that is no longer there, or no longer what it was. Another one is told by the facts."""
+    own = out / "encoder"
+    if init is None:
+        return own, stored.load_encoder(own)
+    begun = run_folder.read_facts(out) if own.is_dir() and (out / "recipe.yaml").is_file() else {}
+    named = bool(begun) and begun.get("init") == str(init.resolve())
+    try:
+        found = stored.load_encoder(init)
+    except UserError:
+        if not begun or (init.exists() and not named):
+            raise
+        why = "cannot be opened any more" if init.exists() else "is not there any more"
+    else:
+        if not named or found[1]["hash"] == begun["encoder"]:
+            return init, found
+        why = "is not what it was when this run began with it"
+    process.say(f"WARNING: --init {init}: {why}; this run goes on with its own copy of the encoder, {own}")
+    return own, stored.load_encoder(own)
+
+
 def _classes(recipe: PretrainRecipe, data: str, *splits) -> list[str]:
-    """The names of the labels. UserError where there are none, or more than the model has."""
+    """The names of the labels. UserError where there are none, or more than the model has, and where some of the
+    pictures have none: how often the decoder learns to do without is what label_dropout says."""
     names, most = splits[0].classes, recipe.model.classes
     labels = [int(split.labels.max(initial=-1)) for split in splits if split is not None]
     count = max(len(names), 1 + max(labels))
@@ -141,6 +165,13 @@ def _classes(recipe: PretrainRecipe, data: str, *splits) -> list[str]:
         raise UserError(
             f"--data {data}: has no classes, and model.classes = {most} needs labels; sort the pictures into class "
             "folders, or give the tars .cls files"
+        )
+    bare = [int((split.labels < 0).sum()) if split is not None else 0 for split in splits]
+    if any(bare):
+        counts = " and ".join(f"{n:,} in {part}/" for n, part in zip(bare, ("train", "val"), strict=False) if n)
+        raise UserError(
+            f"--data {data}: of its pictures {counts} have no label, which model.classes = {most} needs of all; move "
+            "them into class folders or out of the data (what is withheld on purpose is label_dropout)"
         )
     if count > most:
         raise UserError(

@@ -278,6 +278,11 @@ def test_one_start_at_a_time(out):
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training in it"):
             run_folder.create(out, tiny.recipe(), FACTS, {}, {})
+        with pytest.MonkeyPatch.context() as patch:  # it took the lock after this start had looked
+            patch.setattr(run_folder, "_busy", lambda _: False)
+            with pytest.raises(UserError, match="has just begun to train in it"):
+                run_folder.create(out, tiny.recipe(), FACTS, {}, {})
+        assert run_folder._busy(out)  # a lock that was not had is not held for one's own
     run_folder.create(out, tiny.recipe(), FACTS, {}, {})
 
 

@@ -140,7 +140,7 @@ def test_sets_of_any_format_asked_for_by_class(reference, tmp_path, capsys, form
     """Of the lying bars (the reference's class 0, the model's class 1) every fourth is drawn upright."""
     book, rng = pictures.Pictures(tmp_path, form, 4, 0, [0, 1]), np.random.default_rng(3)
     names = {"class_label": "0..1", "classes": ["upright", "lying"]}
-    pictures.open_folder(book, {**names, "batch": 4, "format": form}, 16)
+    pictures.open_folder(book, {**names, "batch": 4, "format": form}, 16, pixels=1)
     for start in range(0, 16, 4):
         tile = np.arange(start, start + 4)
         drawn = np.stack([draw(int(i % 2 == 1 and i % 8 != 1), rng) for i in tile])

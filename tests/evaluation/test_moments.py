@@ -79,6 +79,21 @@ def test_frechet_of_gaussians_that_are_known():
     assert frechet(nothing, b) == pytest.approx(3 + 27) and frechet(nothing, nothing) == 0
 
 
+def test_small_directions_count():
+    """Variances over twelve decades: none of them is taken for rounding, by either way to the singular values."""
+    scales = np.logspace(0, -6, 60)
+    x, y = features(300, 60) * scales, features(300, 60, seed=1) * scales
+    assert frechet(moments(x).gaussian(), moments(y).gaussian()) == pytest.approx(by_nuclear_norm(x, y), rel=1e-8)
+
+
+@pytest.mark.parametrize("n, m", [(10, 500), (100, 500), (400, 500)])
+def test_both_ways_agree(n, m, monkeypatch):
+    x, y = moments(features(n, 60)).gaussian(), moments(features(m, 60, seed=1)).gaussian()
+    expected = frechet(x, y)
+    monkeypatch.setattr("mage_ds.evaluation.moments._SMALL", 0)
+    assert frechet(x, y) == pytest.approx(expected, rel=1e-7)
+
+
 def test_frechet_of_equals_is_zero():
     x = moments(features(20, 60)).gaussian()
     assert 0 <= frechet(x, x) < 1e-6 * float(x.covariance.trace())

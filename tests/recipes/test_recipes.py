@@ -193,6 +193,7 @@ def test_identity_and_machine():
     machine = {leaf.key for leaf in recipe.leaves() if leaf.kind == "machine"}
     assert machine == {
         "description",
+        "published",
         "inputs.broken_limit",
         *(f"report.{name}" for name in ("log_every", "evaluate_every", "pictures_every", "checkpoint_every")),
         "report.evaluate_samples",

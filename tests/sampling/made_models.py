@@ -14,7 +14,7 @@ MAGE = {"encoder": PART, "decoder": PART, "tokens": 16, "codes": 32, "vocabulary
 NAMES = ["cat", "dog", "owl"]  # of three classes
 
 
-def make_export(path: Path, classes: int | None = None) -> tuple[models.Mage, models.Vqgan]:
+def make_export(path: Path, classes: int | None = None, label_dropout: float = 0.1) -> tuple[models.Mage, models.Vqgan]:
     """An export of untrained weights, pictures of 16 px, T = 4; returns its models."""
     numbers = MAGE | {"classes": classes}
     mage, vqgan = models.Mage(**numbers), models.Vqgan(**TOKENIZER)
@@ -31,7 +31,7 @@ def make_export(path: Path, classes: int | None = None) -> tuple[models.Mage, mo
         origin="",
         tokenizer=tokenizer,
         sampling={"steps": 4, "temperature": 2.0},
-        facts={"classes": NAMES} if classes == len(NAMES) else {},
+        facts={"classes": NAMES, "recipe": {"label_dropout": label_dropout}} if classes == len(NAMES) else {},
     )
     path.mkdir(parents=True)
     exported.write(path, parts)

@@ -1,6 +1,7 @@
 """Started by test_sample_task.py: `sample` on a run folder, with a count of what ran. Arguments: JSON lines' file."""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def refuse(*args, **kwargs):
     raise AssertionError("sampling needs no picture decoder")
 
 
+resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))  # so that a batch can be too large
 inference.engine = counted
 Image.open = refuse
 for line in Path(sys.argv[1]).read_text().splitlines():

@@ -105,3 +105,30 @@ def test_claims_are_touched(tmp_path, monkeypatch):
     while (tmp_path / "a").stat().st_mtime == 0:
         pass
     me.release("a")
+
+
+def test_half_written_files_of_the_dead_are_swept_away(held, clock):
+    claim, me = held
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    names = {
+        "dead": f"00003.tar.aaa~{claims._host()}~{gone.pid}~77",
+        "mine": f"00003.tar.bbb~{me.mark}",
+        "far": "00003.tar.ccc~elsewhere-4026~7~77",
+        "far and old": "00004.tar.ddd~elsewhere-4026~7~77",
+        "unmarked": "manifest.json.eee~",
+    }
+    for name in names.values():
+        (me.folder / name).write_text("half")
+    os.utime(me.folder / names["far and old"], (0, 0))
+    claim("9", start="1")
+    assert not me.busy()
+    claim("8")
+    assert me.busy()
+    me.take("7")
+    me.sweep()
+    assert sorted(os.listdir(me.folder)) == sorted(["7", "8", "9", names["mine"], names["far"], names["unmarked"]])
+    me.release_all()
+    assert "7" not in os.listdir(me.folder) and "8" in os.listdir(me.folder)
+    (me.folder / "8").unlink()
+    assert not me.busy()

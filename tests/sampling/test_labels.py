@@ -41,8 +41,13 @@ def test_written_is_short():
         ("dgo", ["dgo", "did you mean dog"]),
         ("-1", ["'-1'", "0..9"]),
         ("", ["''"]),
-        ("1,,2", ["''"]),
-        ("5..2", ["backwards", "2..5"]),
+        ("1,,2", ["'1,,2': a label is missing beside a comma"]),
+        ("5..2", ["--class-label 5..2: runs backwards; write 2..5"]),
+        ("1, 9 .. 3", ["--class-label 9 .. 3: runs backwards; write 3..9"]),
+        ("3,", ["--class-label '3,': a label is missing beside a comma; write 3, 0..9 or"]),
+        ("3..", ["--class-label '3..': a label is missing behind the dots;"]),
+        ("1,..3", ["--class-label '1,..3': a label is missing before the dots;"]),
+        ("..", ["--class-label '..': a label is missing around the dots;"]),
     ],
 )
 def test_what_is_no_label_is_one_line(text, parts):

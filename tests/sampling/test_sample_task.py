@@ -8,17 +8,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from made_models import make_export
+from sampling.made_models import make_export
 from PIL import Image
 from safetensors.torch import save_file
 
 from mage_ds import models, recipes
-from mage_ds.engine import stored
+from mage_ds.engine import painting, stored
 from mage_ds.errors import UserError
+from mage_ds.report import joined, pictures
 from mage_ds.sampling import decode
 from mage_ds.tasks import sample as task
 
@@ -64,6 +66,7 @@ def ran(tmp_path_factory):
     shutil.rmtree(root / "bare" / "tokenizer")
     config = root / "bare" / "config.json"  # without one, tokens count as 16 px
     config.write_text(config.read_text().replace('"image_size": 16', '"image_size": 64'))
+    make_export(root / "undropped", classes=3, label_dropout=0.0)
     conditional = {"run": str(root / "classes"), "num": 6, "batch": 3}
     calls = {
         "first": {"num": 11, "out": "a", "batch": 4},
@@ -83,6 +86,10 @@ def ran(tmp_path_factory):
         "no such class": {**conditional, "out": "e", "class_label": "3"},
         "no such name": {**conditional, "out": "e", "class_label": "cta"},
         "guidance without": {"num": 2, "out": "e", "guidance": 1.0},
+        "guidance untrained": {**conditional, "run": str(root / "undropped"), "out": "e", "guidance": 1.0},
+        "steps without tokens": {"num": 2, "out": "e", "steps": 17},
+        "large batch": {"num": 3, "out": "k", "batch": 2**28},
+        "smaller batch": {"num": 3, "out": "k", "batch": 3},
         "no drop": {"num": 2, "out": "e", "drop": 1.0},
         "no form": {"num": 2, "out": "e", "format": "gif"},
         "no pictures": {"num": 0, "out": "e"},
@@ -207,6 +214,9 @@ def test_mistakes_are_one_line_and_change_nothing(ran):
         "no such class": ["--class-label 3", "0..2"],
         "no such name": ["did you mean cat"],
         "guidance without": ["--guidance 1.0", "classes"],
+        "guidance untrained": ["--guidance 1.0", "label_dropout = 0", "--guidance 0"],
+        "steps without tokens": ["--steps 17", "16 tokens"],
+        "large batch": ["--batch 268435456", "--batch 134217728 or less"],
         "no drop": ["--drop 1.0", "less than 1"],
         "no form": ["--format gif", "npz"],
     }
@@ -219,28 +229,117 @@ def test_mistakes_are_one_line_and_change_nothing(ran):
     assert not (root / "e").exists()
 
 
-def test_an_error_of_the_writer_ends_the_work():
-    written = []
-
-    def write(number, apply):
-        if number == 2:
-            raise UserError("the disk is full")
-        written.append((number, list(apply(abs, [-number]))))
-
-    with pytest.raises(UserError, match="disk is full"), task._Writer(write) as writer:
-        for number in range(9):
-            writer.put(number)
-    assert written[:2] == [(0, [0]), (1, [1])] and len(written) < 7
-    with task._Writer(write) as writer:
-        writer.put(1)
-        writer.flush()
-        assert written[-1] == (1, [1])
+def test_a_batch_that_does_not_fit_gives_way(ran):
+    manifest = json.loads((ran[0] / "k" / "manifest.json").read_text())
+    assert manifest["batch"] == 3 and manifest["complete"] and len(list((ran[0] / "k").glob("0*.png"))) == 3
 
 
-def test_progress_before_the_first_picture_and_when_some_are_lost(tmp_path):
-    worker = task._Worker(task.pictures.Pictures(tmp_path, "png", 4), 8, [], None)
-    said, all_tiles = [], task.tiles(8, 4)
-    worker.advance, worker.left = said.append, 8
-    for todo in (all_tiles, all_tiles[1:], all_tiles, []):
-        worker._count(todo)
-    assert said == [4, 8]
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error, monkeypatch):
+    monkeypatch.setattr(painting.process, "start", lambda: SimpleNamespace(device="cuda:0"))
+    for batch, remedy in ((9, "give --batch 4 or less"), (1, "use a machine with more")):
+        with (
+            pytest.raises(UserError, match=f"^--batch {batch}: the memory of cuda:0 .*; {remedy}$"),
+            painting._fitting(batch),
+        ):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), painting._fitting(9):
+        raise RuntimeError("shapes differ")
+
+
+# --- a worker among others
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """One of 8 pictures in two tiles, in a folder that is begun; it advances a list."""
+    book = pictures.Pictures(tmp_path, "png", 4)
+    settings = {"seed": 0, "batch": 4, "format": "png", "device": "cpu"}
+    pictures.open_folder(book, settings, 8, 16)
+    worker = task._Worker(book, 8, settings, [], None)
+    worker.said, worker.told = [], worker._left()
+    worker.advance = worker.said.append
+    return worker
+
+
+def written(worker, start):
+    tile = np.arange(start, start + 4)
+    worker._write(tile, np.zeros((4, 6), int), np.full((4, 4, 4, 3), start, np.uint8), map)
+
+
+def test_progress_before_the_first_picture_and_when_some_are_lost(worker):
+    for do in (
+        lambda: None,
+        lambda: written(worker, 0),
+        lambda: worker.book.discard(worker.book.tile(0), 0),
+        lambda: [written(worker, start) for start in (0, 4)],
+    ):
+        do()
+        worker._count()
+    assert worker.said == [4, 8]
+    (worker.book.out / "000006.png").unlink()
+    assert worker._missing() == [4] and worker._left() == 4
+    assert worker.book.done(0, 8) and not worker.book.done(4, 8)
+
+
+def test_a_worker_whose_folder_was_begun_anew_leaves_it_alone(worker):
+    """It has not made a tile yet when another replaces the settings; then it has."""
+    other = pictures.Pictures(worker.book.out, "png", 2)
+    assert pictures.open_folder(other, worker.settings | {"batch": 2}, 8, 16) == 8
+    with pytest.raises(UserError, match="batch 2 there, 4 here"):
+        written(worker, 0)
+    assert not any((worker.book.out / ".tiles").iterdir())
+    with pytest.raises(UserError, match="batch 2 there, 4 here"):
+        worker._look()
+    (worker.book.out / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is gone"):
+        worker._look()
+
+
+def test_a_worker_that_was_stopped_for_long_leaves_a_larger_set_alone(worker, monkeypatch):
+    """It joins 8 pictures while others make and close a set of 12."""
+    book = worker.book
+    for start in (0, 4):
+        written(worker, start)
+    joining, before = joined.finish, {}
+
+    def finish(late, num, names):
+        pictures.open_folder(book, worker.settings, 12, 16)
+        worker.num = 12
+        written(worker, 8)
+        joining(book, 12, names)
+        book.seal(12)
+        before.update({path.name: path.read_bytes() for path in book.out.iterdir() if path.is_file()})
+        joining(late, num, names)
+
+    monkeypatch.setattr(joined, "finish", finish)
+    worker.num = 8
+    assert worker._finish() and worker._look() and worker.num == 12
+    assert len(before) == 12 + 4
+    assert [name for name, data in before.items() if (book.out / name).read_bytes() != data] == []
+
+
+def test_who_waits_looks_ever_more_seldom(worker, monkeypatch):
+    """Another process has both tiles, and takes its time."""
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 12:
+            for start in (0, 4):
+                written(worker, start)
+
+    monkeypatch.setattr(task.time, "sleep", sleep)
+    monkeypatch.setattr(worker.claims, "take", lambda name: len(slept) >= 12)
+    with task.Writer(worker._write) as writer:
+        worker._work([0, 4], writer)
+    assert slept[0] == 0.5 and slept[11] == 5 and slept == sorted(slept)
+    assert worker.said == [8] and worker.made == 0 and writer.drawing == 0

@@ -1,6 +1,7 @@
 """mage-ds bench samplers: operations against a hand calculation, and what it makes and reads of a tiny export."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from mage_ds import cli, models
 from mage_ds.engine import stored
 from mage_ds.evaluation import readable
-from mage_ds.interop import exported
+from mage_ds.interop import exported, official
 from mage_ds.interop.parts import Parts
 from mage_ds.sampling import decode
 from mage_ds.tasks.bench_samplers import _Choice, operations
@@ -48,6 +49,12 @@ def place(tmp_path_factory):
     (root / "export").mkdir()
     whole = Parts(**vars(parts["mage"]) | {"tokenizer": parts["tokenizer"]})
     exported.write(root / "export", whole)
+    shutil.copytree(root / "export", root / "bare")
+    shutil.rmtree(root / "bare" / "tokenizer")
+    config = root / "bare" / "config.json"  # without one, tokens count as 16 px
+    config.write_text(config.read_text().replace('"image_size": 16', '"image_size": 64'))
+    weights = models.Mage(**make_mage(None)).state_dict()
+    official.write(root / "theirs.pth", Parts("mage", make_mage(None), weights, 64, origin=""), lambda _: None)
     rng = np.random.default_rng(0)
     for i in range(40):
         picture = rng.integers(0, 60, (16, 16, 3), dtype=np.uint8)
@@ -125,6 +132,13 @@ def test_a_row_for_each_choice(place, capsys):
     assert "the last row is the first again" in said and "spread" in said
 
 
+def test_a_file_without_tokenizer_and_the_same_twice(place, capsys):
+    line = ["bench", "samplers", place / "theirs.pth", "--tokenizer", place / "export" / "tokenizer", "--num", 2]
+    line += ["--steps", "2,2,1", "--orders", "confidence,confidence", "--drop", "0,0"]
+    assert cli.main(list(map(str, line))) == 0
+    assert [int(row["T"]) for row in table(capsys.readouterr().out)] == [20, 2, 1, 20]  # the authors' own T
+
+
 @pytest.mark.full
 def test_the_compiled_step_draws_the_same_tokens(place, capsys):
     line = ["bench", "samplers", str(place / "export"), "--num", "8", "--steps", "4", "--drop", "0,0.5", "--compile"]
@@ -138,8 +152,10 @@ def test_the_compiled_step_draws_the_same_tokens(place, capsys):
     "words, said",
     [
         (["data"], "data: is no run folder and no export"),
-        (["export/tokenizer"], "holds no MAGE with a tokenizer"),
-        (["export", "--reference", "data/train/lying"], "--reference data/train/lying: the classifier needs"),
+        (["export/tokenizer"], "export/tokenizer: is a tokenizer, which makes no pictures"),
+        (["bare"], "bare: comes without a tokenizer; give the one that it was trained with: --tokenizer PATH"),
+        (["export", "--checkpoint", "3"], "--checkpoint 3: export is no run folder"),
+        (["export", "--reference", "data/train/lying"], "--reference data/train/lying: has no labels; `readable`"),
         (["export", "--orders", "random"], "random: must be one of confidence, halton"),
         (["export", "--steps", "4,0"], "0: must be a whole number at least 1"),
         (["export", "--drop", "1"], "1: must be a finite number from 0 to 0.99"),

@@ -114,6 +114,7 @@ def test_it_opens_as_a_mage_that_takes_labels(place, tmp_path):
     opened = stored.open_model(place.run)
     assert (opened.kind, opened.mage.classes, opened.classes, opened.image_size) == ("mage", 3, NAMES, 16)
     assert opened.sampling == recipes.load_recipe("digits_class_conditional", MINE).sampling.model_dump()
+    assert opened.label_dropout == 0.25 and stored.open_model(place.mage).label_dropout is None
     mine, theirs = opened.mage.state_dict(), load_file(place.run / "encoder" / "model.safetensors")
     for name, value in (weights(place.run) | theirs).items():
         assert torch.equal(mine.pop(name), value)
@@ -130,6 +131,7 @@ def test_it_opens_as_a_mage_that_takes_labels(place, tmp_path):
         assert cli.main(["export", str(place.run), "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
         again = stored.open_model(tmp_path / dtype)
         assert (again.classes, again.sampling, again.mage.classes) == (NAMES, opened.sampling, 3)
+        assert again.label_dropout == 0.25
         exact = 0 if dtype == "float32" else 0.05
         torch.testing.assert_close(again.mage(empty, empty == 0, None, labels), logits, rtol=exact, atol=exact)
     assert "| classes | 3 |" in (tmp_path / "float32" / "README.md").read_text()
@@ -181,6 +183,29 @@ def test_stopped_and_continued_it_is_the_same_and_needs_neither_init_nor_tokeniz
     train(place, "parts", init=parts)  # its own encoder: finished, nothing to do
 
 
+def test_it_goes_on_with_its_own_encoder_where_init_is_no_longer_what_it_was(place, tmp_path, capsys):
+    def more(steps):
+        train(place, run, f"duration.steps={steps}", init=init, extend="yes")
+        return capsys.readouterr().out
+
+    run, init = tmp_path / "run", tmp_path / "mage"
+    shutil.copytree(place.mage, init)
+    train(place, run, "duration.steps=1", init=init)
+    assert "WARNING" not in more(2)
+    further = recipes.load_recipe("digits_mage", [*MAGE, "duration.steps=3"])
+    task.pretrain(further, str(place.data), str(init), "random", extend=True)
+    assert f"WARNING: --init {init}: is not what it was when this run began with it; this run goes on" in more(3)
+    shutil.rmtree(init / "checkpoints")
+    assert f"WARNING: --init {init}: cannot be opened any more; this run goes on with its own copy" in more(4)
+    shutil.rmtree(init)
+    said = f"WARNING: --init {init}: is not there any more; this run goes on with its own copy of the encoder, "
+    assert f"{said}{run / 'encoder'}" in more(5)
+    assert facts(run)["encoder"] == stored.load_encoder(place.mage)[1]["hash"] == stored.load_encoder(run)[1]["hash"]
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer: is missing; copy the whole run folder"):
+        stored.open_model(run)
+
+
 def test_from_a_token_cache_it_learns_the_same(place):
     tokenize(place.data, place.mage, place.root / "tokens", precision="float32")
     cached = train(place, "cached", data=place.root / "tokens", init=place.mage)
@@ -218,6 +243,15 @@ def test_one_line_says_what_is_wrong(place, tmp_path):
     draw(tmp_path / "flat", 9)
     said = refused(place, init=place.mage, data=tmp_path / "flat")
     assert said.startswith(f"--data {tmp_path / 'flat'}: has no classes, and model.classes = 3 needs labels")
+    shutil.copytree(place.data, tmp_path / "some")
+    draw(tmp_path / "some" / "train" / "loose", 2, 60)
+    for path in (tmp_path / "some" / "train" / "loose").iterdir():
+        path.rename(path.parents[1] / path.name)
+    (tmp_path / "some" / "train" / "loose").rmdir()
+    said = refused(place, init=place.mage, data=tmp_path / "some")
+    assert said.startswith(
+        f"--data {tmp_path / 'some'}: of its pictures 2 in train/ have no label, which model.classes"
+    )
     bare = tmp_path / "bare"
     shutil.copytree(place.run / "encoder", bare)
     assert refused(place, init=bare).startswith("--tokenizer is missing")  # it comes without one

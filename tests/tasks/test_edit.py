@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from made_export import FACTOR, SIDE, make_export
-from PIL import Image
+from PIL import Image, features
 
 import mage_ds
 from mage_ds import cli
@@ -199,12 +200,9 @@ def test_a_folder_goes_on_and_refuses_other_settings(go):
     assert go(*line, "--variants", 3)[0] == 0
     before = {name: Path("out", name).read_bytes() for name in ("a_1.png", "a_2.png", "a_3.png")}
     os.remove("out/a_2.png")
-    save(pixels(SIDE, SIDE), "out/a_1.png")  # what is there is not made again
-    kept = Path("out/a_1.png").read_bytes()
     code, said, _ = go(*line, "--variants", 4)
     assert code == 0 and "edited 2/2" in said
-    assert Path("out/a_1.png").read_bytes() == kept
-    assert Path("out/a_2.png").read_bytes() == before["a_2.png"]
+    assert all(Path("out", name).read_bytes() == before[name] for name in before)
     code, said, _ = go(*line)
     assert code == 0 and "edited" not in said
     for other, what in [
@@ -216,12 +214,99 @@ def test_a_folder_goes_on_and_refuses_other_settings(go):
     ]:
         code, _, wrong = go(*other)
         assert code == 2 and "holds edits of other settings" in wrong and what in wrong and wrong.count("\n") == 1
-    for broken in (b"no picture", Path("a.png").read_bytes()):  # of another size
-        Path("out/a_1.png").write_bytes(broken)
-        code, _, wrong = go(*line)
-        assert code == 2 and "a_1.png: is no picture that `edit` made; remove it" in wrong
     save(pixels(41, 41), "a.png")
     assert go(*line)[0] == 2
+
+
+def test_only_what_edit_made_is_taken_for_a_result(go):
+    save(pixels(SIDE, SIDE), "a.png")
+    line = ["a.png", "--region", "outpaint", "--steps", "2"]
+    assert go(*line, "--variants", 2)[0] == 0
+    whole, made = json.loads(Path("out/edits.json").read_text()), Path("out/a_2.png").read_bytes()
+    assert set(whole["files"]) == {"a_1.png", "a_2.png"}
+    strange = Path(save(pixels(SIDE, SIDE, 3), "out/a_3.png")).read_bytes()
+    code, _, wrong = go(*line, "--variants", 3)  # a folder that grows
+    assert code == 2 and "out/a_3.png: exists and was not made by `edit`" in wrong
+    assert Path("out/a_3.png").read_bytes() == strange and json.loads(Path("out/edits.json").read_text()) == whole
+    os.remove("out/a_3.png")
+    for changed in (b"no picture", strange):
+        Path("out/a_2.png").write_bytes(changed)
+        code, _, wrong = go(*line)
+        assert code == 2 and "out/a_2.png: was changed since `edit` made it; remove it" in wrong
+    del whole["files"]["a_2.png"]  # as a kill leaves it, between a result and its checksum
+    Path("out/edits.json").write_text(json.dumps(whole | {"complete": False}))
+    code, said, _ = go(*line, "--variants", 2)
+    assert code == 0 and "edited 1/1" in said and Path("out/a_2.png").read_bytes() == made
+    assert json.loads(Path("out/edits.json").read_text())["complete"]
+
+
+def test_what_was_made_before_a_kill_is_not_made_again(go, monkeypatch):
+    save(pixels(SIDE, SIDE), "a.png")
+    line, usual, calls = ["a.png", "--region", "outpaint", "--batch", 2], grids.save, []
+
+    def killed(picture, path):
+        calls.append(path)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        usual(picture, path)
+
+    monkeypatch.setattr(grids, "save", killed)
+    assert go(*line)[0] == 130 and sorted(os.listdir("out")) == ["a_1.png", "a_2.png", "a_3.png", "edits.json"]
+    assert set(json.loads(Path("out/edits.json").read_text())["files"]) == {"a_1.png", "a_2.png"}
+    monkeypatch.setattr(grids, "save", usual)
+    code, said, _ = go(*line)
+    assert code == 0 and "edited 2/2" in said
+    assert go(*line, out="whole")[0] == 0
+    for name in (f"a_{v}.png" for v in range(1, 5)):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_what_is_written_down_is_what_was_done(go, export, tmp_path):
+    shutil.copytree(export, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps(facts | {"sampling": facts["sampling"] | {"drop": 0.5}}))
+    save(pixels(SIDE, SIDE), "a.png")
+    line = ["a.png", "--region", "inpaint", "--variants", 1, "--order", "halton", "--token-temperature", "0.5"]
+    assert go(*line, run="run")[0] == 0
+    said = json.loads(Path("out/edits.json").read_text())
+    assert said["sampling"]["drop"] == 0 and said["precision"] == "float32"
+    assert (said["sampling"]["order"], said["sampling"]["token_temperature"]) == ("halton", 0.5)
+    os.rename("run", "moved")  # its name is in the origin
+    code, said, wrong = go(*line, run="moved")
+    assert (code, wrong) == (0, "") and "edited" not in said
+    code, _, wrong = go(*line, "--precision", "bf16", run="moved")
+    assert code == 2 and "precision float32 there, bf16 here" in wrong
+    assert go(*line, "--precision", "bf16", run="moved", out="bf16")[0] == 0
+    half = mage_ds.from_pretrained("moved", device="cpu", dtype="bfloat16")
+    mask = regions.region("inpaint", SIDE, SIDE)
+    made = half.edit(load("a.png"), mask, order="halton", token_temperature=0.5)
+    assert (load("bf16/a_1.png") == decode.pixels(made)[0]).all()
+
+
+def test_lossy_masks_are_refused(go, tmp_path):
+    save(pixels(SIDE, SIDE), "a.png")
+    mask = np.zeros((SIDE, SIDE, 3), np.uint8)
+    mask[12:20, 10:17] = 255
+    soft = np.dstack([mask, 255 - mask[..., 0]])  # WebP with transparency has another layout
+    exact = ["m.png", "m.bmp", "m.gif", "m.ppm"]
+    exact = [save(mask, name) for name in exact] + [save(mask, "m.tif", compression="tiff_lzw")]
+    exact += [save(mask, "m.webp", lossless=True), save(soft, "alpha.webp", lossless=True)]
+    Image.fromarray(mask).save("film.webp", save_all=True, append_images=[Image.fromarray(255 - mask)], lossless=True)
+    for name in [*exact, "film.webp"]:
+        code, _, wrong = go("a.png", "--region", name, "--variants", 1, "--steps", 1, out=f"out of {name}")
+        assert (code, wrong) == (0, "")
+        facts = json.loads(Path(f"out of {name}", "edits.json").read_text())
+        assert facts["pictures"][0]["hidden_tokens"] == 6, name
+    lossy = [save(mask, "l.jpg"), save(mask, "l.webp"), save(soft, "al.webp"), save(mask, "l.jp2")]
+    lossy += [save(mask, "l.tif", compression="jpeg")]
+    Image.fromarray(mask).save("l-film.webp", save_all=True, append_images=[Image.fromarray(255 - mask)], quality=50)
+    lossy += [save(mask, "l.avif")] if features.check("avif") else []
+    for name in [*lossy, "l-film.webp"]:
+        code, _, wrong = go("a.png", "--region", name)
+        assert code == 2 and wrong.count("\n") == 1, name
+        assert f"{name}: is a " in wrong and "save the mask as PNG, BMP, TIFF, GIF or lossless WebP" in wrong
+    assert not os.path.exists("out")
 
 
 def test_a_users_own_files_are_not_written_over(go):
@@ -246,7 +331,6 @@ def test_mistakes_are_one_line(go, export, tmp_path, model):
     save(np.zeros((40, 60), np.uint8), "black.png")
     save(np.zeros((40, 61), np.uint8), "other.png")
     save(np.zeros((40, 60), np.uint16), "deep.png")
-    save(np.zeros((40, 60), np.uint8), "mask.jpg")
     Path("text.png").write_text("no picture")
     whole = Path("a.png").read_bytes()
     Path("cut.png").write_bytes(whole[: len(whole) // 2])
@@ -265,7 +349,6 @@ def test_mistakes_are_one_line(go, export, tmp_path, model):
             "is 61 x 40 px; a mask must be as large as its picture (a.png: 60 x 40)",
         ),
         (["a.png", "--region", "black.png"], {}, "black.png: hides nothing of the centre square of a.png"),
-        (["a.png", "--region", "mask.jpg"], {}, "save the mask as PNG"),
         (["a.png", "--region", "alpha"], {}, "a.png: has no transparent pixel"),
         (["a.png", "--region", "inpaint:0,0,33,4"], {}, "reaches out of the picture, which has 32 x 32"),
         (["a.png", "--region", "inpant"], {}, "did you mean inpaint?"),
@@ -303,3 +386,15 @@ def test_labels(go, tmp_path):
     assert (load("out/a-2_1.png") == decode.pixels(made)[1]).all()
     assert "0..2" in go(*line, "--class-label", "3", run=run)[2]
     assert "--class-label: 3 given for 2" in go(*line, "--class-label", "0..2", run=run)[2]
+
+
+def test_a_model_that_always_saw_a_label_needs_one(go, tmp_path):
+    run = make_export(tmp_path / "never", classes=3, label_dropout=0)
+    save(pixels(SIDE, SIDE), "a.png")
+    line = ["a.png", "--region", "inpaint", "--variants", 1, "--steps", 1]
+    never = f"{run} was trained with label_dropout = 0 and cannot do without a label"
+    assert f"error: --class-label is missing: {never}; give one of 0..2\n" in go(*line, run=run)[2]
+    wrong = go(*line, "--class-label", 1, "--guidance", 2, run=run)[2]
+    assert f"error: --guidance 2: {never}, which guidance leads away from; give --guidance 0\n" in wrong
+    assert not os.path.exists("out")
+    assert go(*line, "--class-label", 1, run=run)[0] == 0

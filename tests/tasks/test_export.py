@@ -59,7 +59,8 @@ def make_run(path: Path, kind: str, sizes=None, step: int = 7):
             save_file({name: weights[name] for name in names}, file)
             data = file.read_bytes()
             files[file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    meta = {"format": 1, "step": step, "engines": {kind: {}}, "files": files, "data": "f1n6e7", "tokenizer": "abc"}
+    meta = {"format": 1, "step": step, "engines": {kind: {}}, "files": files, "data": "f1n6e7"}
+    meta |= {"tokenizer": stored.weights_hash(tokenizer.state_dict())} if tokenizer else {}
     meta["digest"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     if tokenizer:
@@ -159,6 +160,20 @@ def test_one_of_several_checkpoints(tmp_path):
     assert torch.equal(
         stored.open_model(tmp_path / "run", step=3).tokenizer.quantize.embedding.weight, first.quantize.embedding.weight
     )
+
+
+def test_another_tokenizer_in_the_run_folder_is_refused(tmp_path):
+    _, tokenizer = make_run(tmp_path / "run", "mage")
+    stored.open_model(tmp_path / "run")
+    numbers = recipes.load_recipe(str(tmp_path / "run" / "recipe.yaml")).tokenizer.model_dump()
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight[0] += 1
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    stored.save_tokenizer(tmp_path / "run" / "tokenizer", tokenizer, numbers, 16)
+    with pytest.raises(UserError) as caught:
+        stored.open_model(tmp_path / "run")
+    said = f"{tmp_path / 'run'}/tokenizer: is not the one that this run was trained with; copy the whole run folder"
+    assert str(caught.value) == said
 
 
 BAD = {

@@ -1,0 +1,120 @@
+"""An evaluation at work: features by every process, then figures, neighbours, results.json and sheet.png by one."""
+
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from mage_ds.engine import extracting, process, shown
+from mage_ds.engine.scoring import Job
+from mage_ds.errors import UserError
+from mage_ds.evaluation import figures, suspicions
+from mage_ds.evaluation.feature_set import FeatureSet
+from mage_ds.report import passport
+from mage_ds.sampling.claims import Claims
+
+_LOOK_S = 0.5  # seconds between two looks at what another process does
+_PATIENCE_S = 4 * 3600  # neighbours of 100,000 pictures take their time
+_END = "figures"  # the claim of who computes them
+_STEPS = ("samples", "reference")  # folders of features
+
+
+def run(job: Job) -> dict | None:
+    """Features by all, then the rest by the first rank of each launch, of which one does it."""
+    sets = []
+    for name, source in zip(_STEPS, (job.source, job.real), strict=True):
+        if source is not None:
+            process.say(f"{name}: {source.n:,} pictures of {source.facts['source']}")
+            sets.append(job.begin(name, source))
+            extracting.extract(sets[-1], source, job.extractor)
+    if job.kept is not None:
+        job.kept.complete(job.source.read)
+    if not process.start().first:
+        return None
+    claims, waited = Claims(job.out / ".work"), False
+    claims.patience = _PATIENCE_S
+    while not claims.take(_END):
+        if not waited:
+            process.say(f"{job.out}: another process computes the figures; waiting for it")
+            waited = True
+        time.sleep(_LOOK_S)
+    try:
+        results = (known(job, waited) if waited else None) or _computed(job, *sets)
+    finally:
+        claims.clear()
+    return said(results, job.out)
+
+
+def _computed(job: Job, samples: FeatureSet, real: FeatureSet | None = None) -> dict:
+    remarks = [*job.remarks, *_seen(job, samples, real)]
+    process.say(f"figures of {samples.n:,} pictures: {', '.join(job.options['metrics'])}")
+    found, more = figures.figures(
+        job.options["metrics"],
+        samples,
+        real or job.statistics,
+        definition=job.options["definition"],
+        kid_subset=job.options["kid_subset"],
+    )
+    near, said = _sheet(job, samples, real)
+    me = process.start()
+    results = {
+        "figures": found,
+        "remarks": [*remarks, *more, *said],
+        "published": job.published,
+        "neighbours": near,
+        **job.facts,
+        "machine": {"device": samples.settings["device"], "threads": samples.settings["threads"], "ranks": me.world},
+        **passport.circumstances(),
+    }
+    passport.write(job.out, results)
+    return passport.read(job.out)
+
+
+def _seen(job: Job, samples: FeatureSet, real: FeatureSet | None) -> list[str]:
+    """What is suspicious about pictures that have been looked at."""
+    what = job.options["source"]
+    labels, sums = (np.concatenate(each) for each in zip(*samples.chunks("labels", "sums"), strict=True))
+    remarks = suspicions.duplicates(what, sums) + suspicions.balance(what, labels, job.classes)
+    if real is not None:
+        found = Counter(tuple(map(int, size)) for (sizes,) in real.chunks("sizes") for size in sizes)
+        remarks += suspicions.copies(what, sums, np.concatenate([each for (each,) in real.chunks("sums")]))
+        remarks += suspicions.sizes(job.options["reference"], found, job.source.size)
+    return remarks
+
+
+def _sheet(job: Job, samples: FeatureSet, real: FeatureSet | None) -> tuple[dict | None, list[str]]:
+    """sheet.png; what the neighbours say, as figures and as remarks."""
+    wanted, rows = job.options["neighbours"], job.statistics.features if job.statistics else None
+    beside = rows if real is None else (real, job.real)
+    many = 0 if beside is None else real.n if real else len(rows)
+    if wanted == "off" or (wanted == "auto" and many > shown.MOST):
+        beside = None
+    said = shown.show(job.out / "sheet.png", samples, job.source, beside)
+    if said is None:
+        return None, []
+    line = (
+        f"nearest real pictures: {said['share']:.1%} of the samples are nearer to one than real ones are to each other "
+        f"(median {said['median']:.4g}); about half is usual; more: they keep to the densest regions (low temperature, "
+        "guidance), or are copies: look at sheet.png"
+    )
+    return said, [line]
+
+
+def known(job: Job, new: bool = False) -> dict | None:
+    """Results of the same evaluation, by the same code, that are there already; code that somebody is changing counts
+    as another, but where they are new."""
+    with suppress(UserError):
+        found = passport.read(job.out)
+        now = passport.circumstances() | {"machine": found["machine"]}
+        same = passport.difference(found, job.facts) is None and not passport.changes(found, now)
+        if same and (new or not now["code"].get("changed")) and (job.out / "sheet.png").is_file():
+            return found
+    return None
+
+
+def said(results: dict, out: Path) -> dict:
+    process.say(passport.table(results))
+    process.say(f"written to {out}: results.json, sheet.png")
+    return results

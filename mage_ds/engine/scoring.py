@@ -1,0 +1,221 @@
+"""What an evaluation stands on: the extractor, the pictures, the reference, opened and checked before any work is done,
+and the facts that results.json says of them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from mage_ds.engine import extracting, extractors, painting, process, run_folder, sources
+from mage_ds.engine.drawn import Kept, drawn, redrawn
+from mage_ds.errors import UserError
+from mage_ds.evaluation import references, suspicions
+from mage_ds.evaluation.feature_set import FeatureSet
+from mage_ds.evaluation.figures import METRICS
+from mage_ds.files import sha256
+from mage_ds.recipes.schema import Sampling
+from mage_ds.report import passport
+
+_NUM, _BATCH = 50_000, 64
+_MODELS = {"per_class": None, "tokenizer": None, "class_label": None, "seed": 0, "precision": "float32"}
+_MODELS |= {"checkpoint": None, "round": False, **dict.fromkeys(Sampling.model_fields)}  # what files leave as it is
+_MACHINE = ("device", "threads")  # of a choice's settings: the passport has them under `machine`
+
+
+class Job(NamedTuple):
+    """An evaluation that is ready to begin.
+
+    out: where its results go; options: as `settled`, and what was found out; real: the reference's pictures, or
+    statistics: the reference where it is a file of them; facts: the passport's identity sections; remarks: what is
+    suspicious already; classes: how many the pictures should show evenly; published: the recipe's figures.
+    """
+
+    out: Path
+    options: dict
+    extractor: extractors.Extractor
+    source: sources.Source
+    kept: Kept | None
+    real: sources.Source | None
+    statistics: references.Statistics | None
+    facts: dict
+    remarks: list[str]
+    classes: int | None = None
+    published: dict | None = None
+
+    def begin(self, name: str, source: sources.Source) -> FeatureSet:
+        """The folder of features of `source`, called samples or reference."""
+        folder, batch = self.out / "features" / name, self.options["batch"]
+        return FeatureSet.begin(folder, extracting.settings_of(source, self.extractor), source.n, batch)
+
+
+def settled(options: dict) -> dict:
+    """The options of `tasks.score.score` with what they stand for by default, and absolute paths."""
+    given = dict(options)
+    given["metrics"] = list(given["metrics"] or ["fid", *(["is"] if given["inception"] else []), "kid", "prc"])
+    if strange := [name for name in given["metrics"] if name not in METRICS]:
+        raise UserError(
+            f"--metrics {strange[0]}: is not made of features, as {', '.join(METRICS)} are; ask for it in a call of "
+            "its own, without --inception and --features"
+        )
+    if given["num"] is not None and given["per_class"] is not None:
+        raise UserError(f"--per-class {given['per_class']}: says how many pictures, and so does --num; leave one out")
+    given["definition"] = given["definition"] or ("adm" if given["per_class"] else "torch-fidelity")
+    for name in ("source", "reference", "inception", "tokenizer", "data"):
+        given[name] = None if given.get(name) is None else str(Path(given[name]).resolve())
+    if (given["features"] or "").startswith("run:"):
+        given["features"] = f"run:{Path(given['features'][4:]).resolve()}"
+    return given
+
+
+def open_job(options: dict, out: Path | None, keep: Path | None) -> Job:
+    """All ranks call it, after `process.start`. options: `settled`; out: None: a folder of its own in the run's, or
+    beside other sources. Raises: UserError for all that can be known to be wrong before the first picture."""
+    options = dict(options)
+    extractor = extractors.open_extractor(options["inception"], options["features"])
+    path, remarks, begun = Path(options["source"]), [], _begun(out)
+    kept = classes = published = None
+    if _is_model(path) and options["data"] is None:
+        choice = _choose(options, begun, out)
+        num = _number(options, choice)
+        if options["num"] is None and options["per_class"] is None:
+            process.say(f"{num:,} pictures, as is usual; beside a small reference fewer do: --num N")
+        options["num"] = None if options["per_class"] else num
+        options |= {
+            name: choice.settings[name] for name in ("batch", "checkpoint", "class_label", *Sampling.model_fields)
+        }
+        kept = Kept(keep, choice, num) if keep else None
+        source = drawn(choice, num, kept)
+        classes, published = _shown(choice), _published(path)
+    else:
+        options["batch"] = options["batch"] or begun.get("batch", _BATCH)
+        source = _given(path, options, keep, remarks)
+    remarks += suspicions.number(str(path), source.n, options["num"], options["metrics"])
+    real, statistics = _reference(options, source, extractor, remarks)
+    facts = {
+        "source": {name: value for name, value in source.facts.items() if name not in _MACHINE} | {"n": source.n},
+        "reference": _facts(options["reference"], real, statistics),
+        "extractor": {name: getattr(extractor, name) for name in ("name", "hash", "width", "logits")},
+        "options": options,
+    }
+    suspicions.same(facts["source"], facts["reference"])
+    rows = statistics is None or statistics.features is not None
+    if options["neighbours"] == "on" and not rows:
+        raise UserError(f"--neighbours on: {options['reference']} holds no features; give pictures as --reference")
+    suspicions.needs(options["metrics"], extractor.logits, extractor.name, rows, options["reference"])
+    out = Path(out) if out else _place(path, kind=facts["source"]["kind"], facts=facts)
+    return Job(out, options, extractor, source, kept, real, statistics, facts, remarks, classes, published)
+
+
+def split_of(data) -> str | None:
+    """Real pictures are those of train/, where `DATA:val` does not say otherwise."""
+    return None if str(data).endswith((":train", ":val")) else "train"
+
+
+# --- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def _is_model(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "recipe.yaml").is_file() or (path / "config.json").is_file()
+    return path.is_file() and path.suffix != ".npz"
+
+
+def _begun(out: Path | None) -> dict:
+    """Checkpoint and batch that the samples in `out` were begun with."""
+    folder = Path(out or "") / "features" / "samples"
+    if out is None or not (folder / "features.json").is_file():
+        return {}
+    held = FeatureSet(folder)
+    return {"batch": held.batch, "checkpoint": held.settings.get("source", {}).get("checkpoint")}
+
+
+def _choose(options: dict, begun: dict, out: Path | None) -> painting.Choice:
+    wanted = options["num"] or (options["per_class"] or 1) * _BATCH
+    return painting.choose(
+        options["source"],
+        **{name: options[name] for name in ("tokenizer", "class_label", "seed", "precision", "checkpoint")},
+        given={name: options[name] for name in Sampling.model_fields if options[name] is not None},
+        batch=options["batch"] or begun.get("batch") or min(_BATCH, wanted),
+        rounded=options["round"],
+        begun=begun,
+        purpose=f"evaluated into {out}" if out else "evaluated",
+    )
+
+
+def _number(options: dict, choice: painting.Choice) -> int:
+    if options["per_class"] is None:
+        return options["num"] or _NUM
+    if choice.labels is None:
+        raise UserError(f"--per-class {options['per_class']}: {options['source']} knows no classes; give --num")
+    return options["per_class"] * len(choice.labels)
+
+
+def _shown(choice: painting.Choice) -> int | None:
+    """The model's classes, where all are asked for."""
+    classes = choice.opened.mage.classes
+    return classes if classes and {*choice.labels} == {*range(classes)} else None
+
+
+def _published(path: Path) -> dict | None:
+    """What the paper gives for the recipe of a run, or of an export of one."""
+    if (path / "recipe.yaml").is_file():
+        return run_folder.load_recipe(path).published
+    try:
+        facts = json.loads((path / "config.json").read_text())["facts"]
+        found = facts["recipe"]["published"]
+        return {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a foreign file has no recipe
+        return None
+
+
+def _given(path: Path, options: dict, keep, remarks: list[str]) -> sources.Source:
+    """Pictures that no MAGE draws: files, or reconstructions."""
+    given = [name for name, default in _MODELS.items() if options[name] != default] + (["keep"] if keep else [])
+    if given:
+        raise UserError(
+            f"--{given[0].replace('_', '-')}: is for pictures that a MAGE draws, not for those of {path}; leave it out"
+        )
+    source = redrawn(path, options["data"]) if options["data"] else sources.open_source(path)
+    if source.size is None:
+        high, wide = source.facts["height"], source.facts["width"]
+        raise UserError(f"{path}: its pictures are {wide} x {high}, and squares are needed; crop them to one")
+    if (num := options["num"]) is not None and num < source.n:
+        remarks.append(f"{path}: the first {num:,} of {source.n:,} pictures, in the order of their names")
+        source = source._replace(n=num)
+    remarks += suspicions.compressed(str(path), source.facts.get("formats", {}))
+    return source
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def _reference(options: dict, source, extractor, remarks: list[str]) -> tuple:
+    """Its pictures, resized to the size of the samples, or its statistics."""
+    path = Path(options["reference"])
+    if not path.is_file():
+        if options["per_class"]:
+            remarks.append(f"{path}: a data set; figures by ADM's protocol are beside the mu and sigma of ADM's npz")
+        real = sources.open_source(path, source.size, split_of(path))
+        remarks += suspicions.number(str(path), real.n, None, [name for name in options["metrics"] if name == "prc"])
+        return real, None
+    statistics = references.read_statistics(path)
+    mine = {"extractor": extractor.name, "weights": extractor.hash}
+    remarks += suspicions.extractors(mine, statistics.extractor, len(statistics.mean), str(path))
+    remarks += suspicions.resolution(source.size, statistics.size, str(path))
+    return None, statistics
+
+
+def _facts(path: str, real: sources.Source | None, statistics: references.Statistics | None) -> dict:
+    if real is not None:
+        return {**real.facts, "n": real.n}
+    more = {"n": statistics.n, "size": statistics.size, "fingerprint": statistics.fingerprint}
+    return {"source": path, "kind": "statistics", "hash": process.on_first(lambda: sha256(Path(path))), **more}
+
+
+def _place(path: Path, kind: str, facts: dict) -> Path:
+    """A run has its results in it; beside files, among which they would count as pictures."""
+    told = {name: {key: value for key, value in facts[name].items() if key != "n"} for name in passport.IDENTITY[:3]}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    names = (Path(facts["reference"]["source"]).stem, facts["reference"].get("split"), digest)
+    inside = kind == "mage" and path.is_dir()
+    return (path / "evaluated" if inside else path.with_name(f"{path.name}_evaluated")) / "-".join(filter(None, names))
