@@ -99,7 +99,8 @@ def make_reference(data, *, out=None, inception=None, features=None, size=256, b
     paper's protocol does; of train/ where there is one (`DATA:val`: the other). With rows of features, so that they
     also serve KID, precision and recall. By any number of processes; a killed one goes on."""
     if out is None or Path(out).suffix != ".npz" or Path(out).is_dir():
-        raise UserError(f"--out {out}: give the file that the statistics go to, such as stats.npz")
+        given = "is missing" if out is None else out
+        raise UserError(f"--out {given}: give the file that the statistics go to, such as stats.npz")
     me, out = process.start(threads), Path(out)
     extractor = extractors.open_extractor(inception, features)
     real = sources.open_source(Path(data), size, scoring.split_of(data))

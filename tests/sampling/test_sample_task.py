@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sampling.made_models import make_export
 from PIL import Image
 from safetensors.torch import save_file
+from sampling.made_models import make_export
 
 from mage_ds import models, recipes
 from mage_ds.engine import painting, stored

@@ -65,6 +65,18 @@ def scored(tmp_path_factory):
         "files": ["kept", "--reference", "stats.npz", *ours, "--batch", BATCH, "--out", "files"],
         "default place": ["kept", "--reference", "real:val", *ours, "--num", 50, "--metrics", "fid"],
         "per class": [*base, "--per-class", 5, "--out", "balanced", "--metrics", "fid,prc", "--neighbours", "off"],
+        "redrawn": [
+            "mage",
+            "--data",
+            "real:train",
+            "--reference",
+            "real",
+            *ours,
+            "--metrics",
+            "fid",
+            "--out",
+            "redrawn",
+        ],
         "jpeg": ["jpeg", "--reference", "stats.npz", *ours, "--out", "j", "--num", 30],
         "large": ["unlike/large", "--reference", "stats.npz", *ours, "--out", "l", "--metrics", "fid"],
         "IS": [*base, "--num", 20, "--out", "never", "--metrics", "fid,is"],
@@ -109,23 +121,32 @@ def said(scored, name) -> str:
     return out
 
 
+def features(model, pictures):
+    """pictures: uint8 (n, SIDE, SIDE, 3)."""
+    assert pictures.shape[1:] == (SIDE, SIDE, 3)
+    return model.features(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255).double().numpy()
+
+
+def opened(paths):
+    return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+
+def plain_fid(made, real):
+    """By a matrix square root."""
+    a, b = np.cov(made.T), np.cov(real.T)
+    cross = scipy.linalg.sqrtm(a @ b).real.trace()
+    return np.square(made.mean(0) - real.mean(0)).sum() + a.trace() + b.trace() - 2 * cross
+
+
 def test_figures_are_those_of_a_plain_computation(scored):
-    """Features by the Python interface from the kept files, FID by a matrix square root."""
+    """Features by the Python interface, from the kept files."""
     root, _ = scored
     said(scored, "drawn")
     model = mage_ds.from_pretrained(root / "mage")
-
-    def features(paths):
-        pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
-        assert pictures.shape[1:] == (SIDE, SIDE, 3)
-        return model.features(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255).double().numpy()
-
     kept = sorted((root / "kept").glob("0*.png"))
-    made, real = features(kept), features(sorted((root / "real" / "train").glob("*/*.png")))
+    made, real = (features(model, opened(each)) for each in (kept, sorted((root / "real" / "train").glob("*/*.png"))))
     assert (len(made), len(real)) == (NUM, 70)
-    a, b = np.cov(made.T), np.cov(real.T)
-    cross = scipy.linalg.sqrtm(a @ b).real.trace()
-    fid = np.square(made.mean(0) - real.mean(0)).sum() + a.trace() + b.trace() - 2 * cross
+    fid = plain_fid(made, real)
     found = results(root / "drawn")
     figures = found["figures"]
     assert figures["fid"]["value"] == pytest.approx(fid, rel=1e-3)
@@ -140,6 +161,20 @@ def test_figures_are_those_of_a_plain_computation(scored):
         70,
     )
     assert near["share"] == pytest.approx((apart < np.median(within.min(1))).mean(), abs=2 / NUM)
+
+
+def test_reconstructions(scored):
+    root, _ = scored
+    said(scored, "redrawn")
+    model = mage_ds.from_pretrained(root / "mage")
+    real = opened(sorted((root / "real" / "train").glob("*/*.png")))
+    drawn = model.detokenize(model.tokenize(real)).clamp(0, 1).permute(0, 2, 3, 1)
+    drawn = (255 * drawn).round().to(torch.uint8).numpy()
+    found = results(root / "redrawn")
+    assert found["figures"]["fid"]["value"] == pytest.approx(
+        plain_fid(features(model, drawn), features(model, real)), rel=2e-3
+    )
+    assert found["source"]["kind"] == "reconstructions" and found["figures"]["fid"]["n"] == 70
 
 
 def test_what_is_said_and_written(scored):
