@@ -199,7 +199,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         type=_some(_METRICS),
         metavar="LIST",
-        help=f"of {', '.join(_METRICS)} (readable; with --features fid,kid,prc, with --inception is too)",
+        help=f"of {', '.join(_METRICS)} (default: readable; with --features: fid,kid,prc; with --inception: fid,is,kid,prc)",
     )
     made.add_argument("--inception", metavar="FILE", help=f"Inception's weights: {_INCEPTION}, of torch-fidelity")
     made.add_argument(
@@ -228,6 +228,30 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     drawn.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (the newest)")
     drawn.add_argument("--round", action="store_true", help="round pixels (the published code truncates them)")
     _take_decoding(parser)
+    drawn.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="KEY=V,V",
+        help="every combination of these settings, such as steps=8,12,20 temperature=3,6,9: a table and a plot",
+    )
+    drawn.add_argument(
+        "--versus",
+        nargs="+",
+        metavar="RUN2|KEY=VALUE",
+        help="is this one better? Another MAGE, or the same with checkpoint=300 or steps=8 temperature=3: as many "
+        "pictures as it takes to tell, N of each at most",
+    )
+    beside = parser.add_argument_group("of a MAGE in training as SOURCE, or one to come")
+    beside.add_argument(
+        "--watch",
+        action="store_true",
+        help="evaluate its newest checkpoint whenever there is one, until the training has ended: figures go to its "
+        "tensorboard and metrics.jsonl, and to OUT (RUN/evaluated/watch)",
+    )
+    beside.add_argument("--every", type=_count, metavar="STEPS", help="only at multiples of it, and the last (all)")
+    beside.add_argument(
+        "--patience", type=_number(float, 0), metavar="HOURS", help="wait so long for a sign of life of it (24)"
+    )
     tokenizer = parser.add_argument_group("a tokenizer, on pictures of your own (with --inception: rFID)")
     tokenizer.add_argument(
         "--data",

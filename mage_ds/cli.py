@@ -140,18 +140,64 @@ def _train(args: argparse.Namespace) -> None:
 _FIGURES = ("metrics", "inception", "features", "definition", "kid_subset", "neighbours", "num", "per_class", "keep")
 _FIGURES += ("tokenizer", "class_label", "seed", "precision", "checkpoint", "round", "steps", "temperature", "order")
 _FIGURES += ("data", "token_temperature", "drop", "guidance", "guidance_schedule", "batch", "threads")
-_EVALUATIONS = {  # what says which one is meant -> what may stand beside it
-    "reference": ("source", "metrics", "run"),
-    "data": ("source", "against", "inception", "lpips_weights"),
-    "reference with --inception or --features": ("source", "reference", *_FIGURES),
-    "make-reference": ("inception", "features", "size", "batch", "threads"),
-    "replay": (),
+_LATER = tuple(name for name in _FIGURES if name not in ("keep", "checkpoint", "data"))
+
+
+class _Evaluation(NamedTuple):
+    """One of the things that `evaluate` does. task: module and function; beside: options that may stand beside what
+    says that it is meant; called: what the function calls an option otherwise."""
+
+    task: tuple[str, str]
+    beside: tuple[str, ...]
+    called: dict[str, str] = {}  # noqa: RUF012 (never changed)
+
+
+_BY_FEATURES, _WATCH = "reference with --inception or --features", "reference with --watch"
+_VERSUS, _SWEEP = "reference with --versus", "reference with --sweep"
+_UNPAIRED = ("definition", "kid_subset", "neighbours", "per_class", "keep", "data")
+_EVALUATIONS = {  # by what says which one is meant
+    "reference": _Evaluation(("evaluate", "evaluate"), ("source", "metrics", "run")),
+    "data": _Evaluation(
+        ("evaluate_tokenizer", "evaluate_tokenizer"),
+        ("source", "against", "inception", "lpips_weights"),
+        {"source": "tokenizer"},
+    ),
+    _BY_FEATURES: _Evaluation(("score", "score"), ("source", *_FIGURES)),
+    _WATCH: _Evaluation(("score_watch", "watch"), ("source", "every", "patience", *_LATER)),
+    _VERSUS: _Evaluation(
+        ("score_versus", "versus"), ("source", "versus", *(name for name in _FIGURES if name not in _UNPAIRED))
+    ),
+    _SWEEP: _Evaluation(
+        ("score_sweep", "sweep"),
+        ("source", "sweep", *(name for name in _FIGURES if name not in ("keep", "data"))),
+    ),
+    "make-reference": _Evaluation(
+        ("score", "make_reference"),
+        ("inception", "features", "size", "batch", "threads"),
+        {"make_reference": "data"},
+    ),
+    "replay": _Evaluation(("score", "replay"), (), {"replay": "results"}),
 }
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     """Several things have one verb, because all say how good something is; what is given says which is meant."""
     given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    mode, said = _meant(given)
+    chosen = _EVALUATIONS[mode]
+    for name in given:
+        if name not in (*chosen.beside, said, "out"):
+            where = next((each for each, other in _EVALUATIONS.items() if name in other.beside), None)
+            word = "SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
+            where = f"goes with --{where}, not" if where else "does not go"
+            raise UserError(f"{word} {where} with --{mode}; leave it out")
+    if "source" in chosen.beside and "source" not in given:
+        raise UserError(f"evaluate: give a SOURCE, which is measured, beside --{said}")
+    _task(*chosen.task, **{chosen.called.get(name, name): value for name, value in given.items()})
+
+
+def _meant(given: dict) -> tuple[str, str]:
+    """The key of _EVALUATIONS, and the option that it is known by; `given` loses what only says so."""
     modes = [name for name in ("reference", "data", "make_reference", "replay") if name in given]
     if {"reference", "data"} <= {*modes}:  # reconstructions of the one beside the other
         modes.remove("data")
@@ -160,26 +206,17 @@ def _evaluate(args: argparse.Namespace) -> None:
             "evaluate: give --reference DATA for pictures or a model that makes them, or --data DATA for a tokenizer "
             "(or --make-reference DATA, or --replay results.json, without a SOURCE)"
         )
-    mode, figures = modes[0].replace("_", "-"), set(given.get("metrics", [])) - {"readable"}
-    if mode == "reference" and (figures or {"inception", "features"} & {*given}):
-        mode = "reference with --inception or --features"
-    for name in given:
-        if name not in (*_EVALUATIONS[mode], modes[0], "out"):
-            where = next(each for each, names in _EVALUATIONS.items() if name in names)
-            word = "SOURCE" if name == "source" else f"--{name.replace('_', '-')}"
-            raise UserError(f"{word} goes with --{where}, not with --{mode}; leave it out")
-    if "source" in _EVALUATIONS[mode] and "source" not in given:
-        raise UserError(f"evaluate: give a SOURCE, which is measured, beside --{modes[0]}")
-    if mode == "data":
-        _task("evaluate_tokenizer", "evaluate_tokenizer", tokenizer=given.pop("source"), **given)
-    elif mode == "reference":
-        _task("evaluate", "evaluate", **given)
-    elif mode == "make-reference":
-        _task("score", "make_reference", data=given.pop("make_reference"), **given)
-    elif mode == "replay":
-        _task("score", "replay", results=given.pop("replay"), **given)
-    else:
-        _task("score", "score", **given)
+    [said] = modes
+    mode, figures = said.replace("_", "-"), set(given.get("metrics", [])) - {"readable"}
+    if said == "reference" and given.pop("watch", False):
+        mode = _WATCH
+    elif said == "reference" and "versus" in given:
+        mode = _VERSUS
+    elif said == "reference" and "sweep" in given:
+        mode = _SWEEP
+    elif said == "reference" and (figures or {"inception", "features"} & {*given}):
+        mode = _BY_FEATURES
+    return mode, said
 
 
 _BENCHES = {
@@ -263,6 +300,9 @@ _VERBS = {
         "  deepspeed --module mage_ds evaluate RUN --reference IMAGENET/val --inception FILE --out work/score\n"
         "  mage-ds evaluate --make-reference IMAGENET/val --inception FILE --out work/imagenet_256.npz\n"
         "  mage-ds evaluate --replay work/score/results.json\n"
+        "  mage-ds evaluate work/mage --reference work/digits --features run:work/other --num 5000 --watch\n"
+        "  mage-ds evaluate work/mage --reference work/digits --features run:work/mage --sweep steps=8,12,16\n"
+        "  mage-ds evaluate work/mage --reference work/digits --features run:work/mage --versus steps=8 temperature=3\n"
         "  mage-ds evaluate work/samples --reference work/digits --metrics readable --run work/mage\n"
         "  mage-ds evaluate work/tokenizer --data ~/pictures --against work/digits",
         arguments.evaluate,

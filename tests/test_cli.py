@@ -21,7 +21,8 @@ def parameters(module: str, function: str) -> tuple[set, set]:
     positional = [arg.arg for arg in found.args.args]
     required = set(positional[: len(positional) - len(found.args.defaults)])
     keyword = dict(zip([arg.arg for arg in found.args.kwonlyargs], found.args.kw_defaults, strict=True))
-    return {*positional, *keyword}, required | {name for name, default in keyword.items() if default is None}
+    others = parameters("score", "score")[0] if found.args.kwarg else set()  # **options are those of `score`
+    return {*positional, *keyword, *others}, required | {name for name, default in keyword.items() if default is None}
 
 
 @pytest.fixture
@@ -175,6 +176,7 @@ def test_evaluations(calls):
         "evaluate M --reference P --metrics fid_infinity --features timm:resnet18 --per-class 50 --definition adm",
         "evaluate --make-reference P --inception F --size 32 --out S.npz",
         "evaluate --replay results.json --out E",
+        "evaluate R --reference P --inception F --watch --every 500 --patience 1.5 --num 9",
     ):
         assert cli.main(line.split()) == 0
     drawn = {"source": "M", "reference": "P", "features": "run:M", "num": 9, "seed": 0, "temperature": 0.0}
@@ -185,6 +187,11 @@ def test_evaluations(calls):
         ("score", "score", balanced | {"per_class": 50, "definition": "adm"}),
         ("score", "make_reference", {"data": "P", "inception": "F", "size": 32, "out": "S.npz"}),
         ("score", "replay", {"results": "results.json", "out": "E"}),
+        (
+            "score_watch",
+            "watch",
+            {"source": "R", "reference": "P", "inception": "F", "every": 500, "patience": 1.5, "num": 9},
+        ),
     ]
 
 
@@ -232,6 +239,9 @@ TRAIN = "train pretrain_vit_base --data P --out R"
         ("evaluate D --reference P --against Q", ["--against goes with --data"]),
         ("evaluate D --reference P --lpips-weights F", ["--lpips-weights goes with --data"]),
         ("evaluate --reference P", ["give a SOURCE", "--reference"]),
+        ("evaluate R --reference P --inception F --watch --checkpoint 5", ["--checkpoint goes with", "--watch"]),
+        ("evaluate R --reference P --inception F --every 5", ["--every goes with --reference with --watch"]),
+        ("evaluate R --reference P --watch --every 0", ["--every: 0", "at least 1"]),
         ("evaluate D --reference P --num 5", ["--num goes with --reference with --inception or --features"]),
         ("evaluate D --reference P --run R --features run:M", ["--run goes with --reference, not with"]),
         ("evaluate D --replay results.json", ["SOURCE goes with --reference, not with --replay"]),

@@ -84,6 +84,13 @@ def choose(
     return Choice(opened, asked, settings)
 
 
+def otherwise(choice: Choice, given: dict) -> Choice:
+    """The same pictures of the same model, but for these fields of a recipe's `sampling`. Raises: UserError."""
+    own = {name: choice.settings[name] for name in Sampling.model_fields}
+    how = _sampling(choice.opened, own | given, choice.settings["run"])
+    return choice._replace(settings=choice.settings | how)
+
+
 def painter(choice: Choice) -> Callable:
     """paint: index (B,), B always the batch of the settings -> tokens int64 (B, N), pictures uint8 (B, H, W, 3).
 

@@ -68,10 +68,22 @@ def pin(folder: Path, why: str) -> bool:
         return False
 
 
+def unpin(folder: Path, why: str) -> None:
+    """Take back a pin of ours. Its line becomes a blank one where it stands, so that a pin that somebody else adds at
+    the same time is not lost."""
+    with suppress(OSError), open(folder / _PIN, "r+b") as file:
+        at = 0
+        for line in file.read().splitlines(keepends=True):
+            if line == f"{why}\n".encode():
+                file.seek(at)
+                file.write(b" " * (len(line) - 1))
+            at += len(line)
+
+
 def pins(folder: Path) -> list[str]:
     """Why a checkpoint is pinned; empty where it is not."""
     try:
-        return (folder / _PIN).read_text().splitlines()
+        return [line for line in (folder / _PIN).read_text().splitlines() if line.strip()]
     except FileNotFoundError:
         return []
 

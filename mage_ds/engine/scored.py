@@ -21,8 +21,9 @@ _END = "figures"  # the claim of who computes them
 _STEPS = ("samples", "reference")  # folders of features
 
 
-def run(job: Job) -> dict | None:
-    """Features by all, then the rest by the first rank of each launch, of which one does it."""
+def run(job: Job, aloud: bool = True) -> dict | None:
+    """Features by all, then the rest by the first rank of each launch, of which one does it; aloud: says the results,
+    which are returned there."""
     sets = []
     for name, source in zip(_STEPS, (job.source, job.real), strict=True):
         if source is not None:
@@ -44,7 +45,7 @@ def run(job: Job) -> dict | None:
         results = (known(job, waited) if waited else None) or _computed(job, *sets)
     finally:
         claims.clear()
-    return said(results, job.out)
+    return said(results, job.out) if aloud else results
 
 
 def _computed(job: Job, samples: FeatureSet, real: FeatureSet | None = None) -> dict:
@@ -108,7 +109,7 @@ def known(job: Job, new: bool = False) -> dict | None:
     with suppress(UserError):
         found = passport.read(job.out)
         now = passport.circumstances() | {"machine": found["machine"]}
-        same = passport.difference(found, job.facts) is None and not passport.changes(found, now)
+        same = passport.difference(found, job.facts, exact=True) is None and not passport.changes(found, now)
         if same and (new or not now["code"].get("changed")) and (job.out / "sheet.png").is_file():
             return found
     return None

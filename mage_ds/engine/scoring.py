@@ -19,6 +19,8 @@ from mage_ds.report import passport
 _NUM, _BATCH = 50_000, 64
 _MODELS = {"per_class": None, "tokenizer": None, "class_label": None, "seed": 0, "precision": "float32"}
 _MODELS |= {"checkpoint": None, "round": False, **dict.fromkeys(Sampling.model_fields)}  # what files leave as it is
+_DEFAULTS = {"metrics": None, "inception": None, "features": None, "definition": None, "kid_subset": 1000}
+_DEFAULTS |= {"neighbours": "auto", "num": None, "batch": None, "threads": 1, "data": None, **_MODELS}
 _MACHINE = ("device", "threads")  # of a choice's settings: the passport has them under `machine`
 
 
@@ -27,7 +29,8 @@ class Job(NamedTuple):
 
     out: where its results go; options: as `settled`, and what was found out; real: the reference's pictures, or
     statistics: the reference where it is a file of them; facts: the passport's identity sections; remarks: what is
-    suspicious already; classes: how many the pictures should show evenly; published: the recipe's figures.
+    suspicious already; choice: of a model, what is drawn; classes: how many the pictures should show evenly; published:
+    the recipe's figures; shared: a folder where evaluations beside the same reference have its features in common.
     """
 
     out: Path
@@ -39,24 +42,30 @@ class Job(NamedTuple):
     statistics: references.Statistics | None
     facts: dict
     remarks: list[str]
+    choice: painting.Choice | None = None
     classes: int | None = None
     published: dict | None = None
+    shared: Path | None = None
 
     def begin(self, name: str, source: sources.Source) -> FeatureSet:
         """The folder of features of `source`, called samples or reference."""
-        folder, batch = self.out / "features" / name, self.options["batch"]
+        batch, place = self.options["batch"], self.out / "features"
+        folder = (self.shared if self.shared and name == "reference" else place) / name
         return FeatureSet.begin(folder, extracting.settings_of(source, self.extractor), source.n, batch)
 
 
 def settled(options: dict) -> dict:
     """The options of `tasks.score.score` with what they stand for by default, and absolute paths."""
-    given = dict(options)
+    given = {**_DEFAULTS, **options}
     given["metrics"] = list(given["metrics"] or ["fid", *(["is"] if given["inception"] else []), "kid", "prc"])
     if strange := [name for name in given["metrics"] if name not in METRICS]:
         raise UserError(
             f"--metrics {strange[0]}: is not made of features, as {', '.join(METRICS)} are; ask for it in a call of "
             "its own, without --inception and --features"
         )
+    for name in ("num", "per_class", "batch", "threads", "kid_subset"):
+        if given[name] is not None and not (isinstance(given[name], int) and 1 <= given[name] < 2**31):
+            raise UserError(f"--{name.replace('_', '-')} {given[name]}: must be a whole number, at least 1")
     if given["num"] is not None and given["per_class"] is not None:
         raise UserError(f"--per-class {given['per_class']}: says how many pictures, and so does --num; leave one out")
     given["definition"] = given["definition"] or ("adm" if given["per_class"] else "torch-fidelity")
@@ -73,16 +82,14 @@ def open_job(options: dict, out: Path | None, keep: Path | None) -> Job:
     options = dict(options)
     extractor = extractors.open_extractor(options["inception"], options["features"])
     path, remarks, begun = Path(options["source"]), [], _begun(out)
-    kept = classes = published = None
-    if _is_model(path) and options["data"] is None:
+    kept = choice = classes = published = None
+    if is_model(path) and options["data"] is None:
         choice = _choose(options, begun, out)
         num = _number(options, choice)
         if options["num"] is None and options["per_class"] is None:
             process.say(f"{num:,} pictures, as is usual; beside a small reference fewer do: --num N")
         options["num"] = None if options["per_class"] else num
-        options |= {
-            name: choice.settings[name] for name in ("batch", "checkpoint", "class_label", *Sampling.model_fields)
-        }
+        options |= _settled_by(choice)
         kept = Kept(keep, choice, num) if keep else None
         source = drawn(choice, num, kept)
         classes, published = _shown(choice), _published(path)
@@ -92,7 +99,7 @@ def open_job(options: dict, out: Path | None, keep: Path | None) -> Job:
     remarks += suspicions.number(str(path), source.n, options["num"], options["metrics"])
     real, statistics = _reference(options, source, extractor, remarks)
     facts = {
-        "source": {name: value for name, value in source.facts.items() if name not in _MACHINE} | {"n": source.n},
+        "source": _told(source),
         "reference": _facts(options["reference"], real, statistics),
         "extractor": {name: getattr(extractor, name) for name in ("name", "hash", "width", "logits")},
         "options": options,
@@ -102,8 +109,22 @@ def open_job(options: dict, out: Path | None, keep: Path | None) -> Job:
     if options["neighbours"] == "on" and not rows:
         raise UserError(f"--neighbours on: {options['reference']} holds no features; give pictures as --reference")
     suspicions.needs(options["metrics"], extractor.logits, extractor.name, rows, options["reference"])
-    out = Path(out) if out else _place(path, kind=facts["source"]["kind"], facts=facts)
-    return Job(out, options, extractor, source, kept, real, statistics, facts, remarks, classes, published)
+    out = Path(out) if out else place(path, facts)
+    return Job(out, options, extractor, source, kept, real, statistics, facts, remarks, choice, classes, published)
+
+
+def otherwise(job: Job, sampling: dict, out: Path) -> Job:
+    """The same evaluation of a MAGE that is sampled from with these fields of a recipe's `sampling` instead; nothing is
+    opened anew. UserError for a value that cannot be."""
+    choice = painting.otherwise(job.choice, sampling)
+    source, options = drawn(choice, job.source.n), job.options | _settled_by(choice)
+    facts = job.facts | {"source": _told(source), "options": options}
+    return job._replace(out=out, options=options, source=source, facts=facts, choice=choice)
+
+
+def purpose(out: Path) -> str:
+    """Why a checkpoint is pinned that is evaluated with results in `out`."""
+    return f"evaluated into {out}"
 
 
 def split_of(data) -> str | None:
@@ -114,7 +135,8 @@ def split_of(data) -> str | None:
 # --- the pictures ----------------------------------------------------------------------------------------------------
 
 
-def _is_model(path: Path) -> bool:
+def is_model(path: Path) -> bool:
+    """Whether it looks like what `stored.open_model` opens."""
     if path.is_dir():
         return (path / "recipe.yaml").is_file() or (path / "config.json").is_file()
     return path.is_file() and path.suffix != ".npz"
@@ -138,8 +160,17 @@ def _choose(options: dict, begun: dict, out: Path | None) -> painting.Choice:
         batch=options["batch"] or begun.get("batch") or min(_BATCH, wanted),
         rounded=options["round"],
         begun=begun,
-        purpose=f"evaluated into {out}" if out else "evaluated",
+        purpose=purpose(out) if out else "evaluated",
     )
+
+
+def _settled_by(choice: painting.Choice) -> dict:
+    """The options that a choice has settled."""
+    return {name: choice.settings[name] for name in ("batch", "checkpoint", "class_label", *Sampling.model_fields)}
+
+
+def _told(source: sources.Source) -> dict:
+    return {name: value for name, value in source.facts.items() if name not in _MACHINE} | {"n": source.n}
 
 
 def _number(options: dict, choice: painting.Choice) -> int:
@@ -192,7 +223,7 @@ def _given(path: Path, options: dict, keep, remarks: list[str]) -> sources.Sourc
 def _reference(options: dict, source, extractor, remarks: list[str]) -> tuple:
     """Its pictures, resized to the size of the samples, or its statistics."""
     path = Path(options["reference"])
-    if not path.is_file():
+    if not path.is_file() or references.holds_pictures(path):
         if options["per_class"]:
             remarks.append(f"{path}: a data set; figures by ADM's protocol are beside the mu and sigma of ADM's npz")
         real = sources.open_source(path, source.size, split_of(path))
@@ -212,10 +243,10 @@ def _facts(path: str, real: sources.Source | None, statistics: references.Statis
     return {"source": path, "kind": "statistics", "hash": process.on_first(lambda: sha256(Path(path))), **more}
 
 
-def _place(path: Path, kind: str, facts: dict) -> Path:
-    """A run has its results in it; beside files, among which they would count as pictures."""
+def place(path: Path, facts: dict) -> Path:
+    """A run has its results in it; those of pictures lie here, not beside them, where they would count as pictures."""
     told = {name: {key: value for key, value in facts[name].items() if key != "n"} for name in passport.IDENTITY[:3]}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:8]
     names = (Path(facts["reference"]["source"]).stem, facts["reference"].get("split"), digest)
-    inside = kind == "mage" and path.is_dir()
-    return (path / "evaluated" if inside else path.with_name(f"{path.name}_evaluated")) / "-".join(filter(None, names))
+    inside = facts["source"]["kind"] == "mage" and path.is_dir()
+    return (path / "evaluated" if inside else Path("evaluated") / path.stem) / "-".join(filter(None, names))

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,11 +29,12 @@ from mage_ds.evaluation.references import npy_header
 from mage_ds.inputs import augment, tars
 from mage_ds.inputs.catalog import Catalog, open_catalog
 from mage_ds.report.manifest import read_manifest
-from mage_ds.report.pictures import Pictures
+from mage_ds.report.pictures import FORMATS, Pictures
 from mage_ds.sampling import labels as asked
 
 _LARGEST = 1 << 30  # bytes of one picture's file
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # Pillow's, of 8 bits a colour
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # no others, whatever a file's name says: some start programs
 _TOLD = 100_000  # files whose endings are counted
 _MANY_CLASSES = 2**31
 
@@ -42,11 +44,11 @@ class Source(NamedTuple):
 
     size: pixels of a side, None where they are not square; labels: int64 (n,), -1 = none, or None; facts: what is
     known of the set, JSON values: "source" (where it lies), "kind" (folder, tars, npz, sample), "fingerprint", "split",
-    "height", "width" (of what `read` gives), "resized" (pixels of the short side, None: as they are), "formats"
-    ({".jpg": number of files}), "classes" (their names), of a `sample` folder "manifest"; read(index int64 (B,)) ->
-    uint8 (B, H, W, 3), black from n on; name(i): what to call a picture in a message; sizes(index) -> int32 (B, 2),
-    height and width in the files, before any Resize; None: as `read` gives them; ahead: whether `read` may run in a
-    thread beside the extractor (False for pictures that a network paints).
+    "files" (another one where they are written over), "height", "width" (of what `read` gives), "resized" (pixels of
+    the short side, None: as they are), "formats" ({".jpg": number of files}), "classes" (their names), of a `sample`
+    folder "manifest"; read(index int64 (B,)) -> uint8 (B, H, W, 3), black from n on; name(i): what to call a picture in
+    a message; sizes(index) -> int32 (B, 2), height and width in the files, before any Resize; None: as `read` gives
+    them; ahead: whether `read` may run in a thread beside the extractor (False for pictures that a network paints).
     """
 
     n: int
@@ -65,28 +67,28 @@ def open_source(path: Path, size: int | None = None, split: str | None = None) -
 
     Args: size: short side to so many pixels (bilinear, with antialiasing), then the centre square, as the paper's
     protocol does with reference pictures; None: pictures as they are, all of one size; split: "train" or "val" of a
-    data set, also as `DATA:val`; by default val where it has one.
+    data set, where `DATA:val` does not say which; by default val where it has one.
     Raises: UserError here for what is no such thing; from `read`, naming the file, for a broken picture, and for one
     of another size than the first.
     """
-    path, split = _place(Path(path), split)
+    path, given = _place(Path(path))
     if size is not None and not 1 <= size <= 2**14:
         raise UserError(f"--size {size}: must be from 1 to {2**14} pixels")
-    if path.is_file() and split is None:
+    if path.is_file() and given is None:
         raw = _npz(path)
-    elif path.is_dir() and split is None and (manifest := read_manifest(path)) is not None:
+    elif path.is_dir() and given is None and (manifest := read_manifest(path)) is not None:
         raw = _sample(path, manifest)
     else:
-        raw = _catalog(path, split)
+        raw = _catalog(path, given or split)
     return _source(path, raw, size)
 
 
-def _place(path: Path, split: str | None) -> tuple[Path, str | None]:
+def _place(path: Path) -> tuple[Path, str | None]:
     """DATA:val -> (DATA, "val"), where no file has that name."""
     head, colon, tail = str(path).rpartition(":")
-    if split is None and colon and tail in ("train", "val") and not path.exists():
+    if colon and tail in ("train", "val") and not path.exists():
         return Path(head), tail
-    return path, split
+    return path, None
 
 
 class _Raw(NamedTuple):
@@ -163,7 +165,7 @@ def _fitted(image, size: int):
 def _opened(data: bytes):
     from PIL import Image
 
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 # --- folders and tars ------------------------------------------------------------------------------------------------
@@ -176,6 +178,7 @@ def _catalog(path: Path, split: str | None) -> _Raw:
     facts = {
         "kind": "tars" if found.shards else "folder",
         "fingerprint": found.fingerprint,
+        "files": _stamp(found),
         "split": found.split,
         "formats": _endings(found),
         "classes": found.classes,
@@ -183,6 +186,17 @@ def _catalog(path: Path, split: str | None) -> _Raw:
     numbers = np.asarray(found.labels, dtype=np.int64)
     given = numbers if (numbers >= 0).any() else None
     return _Raw(found.n, given, facts, lambda i: str(found.path(i)), lambda i: _opened(found.read(i)))
+
+
+def _stamp(catalog: Catalog) -> str:
+    """Of the files' sizes and times: features of files that were written over since are not theirs."""
+    shards = [catalog.root / shard for shard in catalog.shards]
+    digest = hashlib.sha256()
+    for path in shards or map(catalog.path, range(catalog.n)):
+        with suppress(OSError):  # whoever reads it says so
+            state = os.stat(path)
+            digest.update(f"{state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _endings(catalog: Catalog) -> dict[str, int]:
@@ -197,6 +211,9 @@ def _sample(folder: Path, manifest: dict) -> _Raw:
     if not manifest["complete"]:
         raise UserError(f"{folder}: its pictures are not complete; start the same `mage-ds sample` again")
     form, num, word = manifest.get("format", "png"), manifest["num"], manifest.get("class_label")
+    counts = (num, manifest.get("batch", 1))
+    if form not in FORMATS or not all(isinstance(n, int) and n > 0 for n in counts) or not isinstance(word, str | None):
+        raise UserError(f"{folder}/manifest.json: is not as `mage-ds sample` writes it; name a folder of its pictures")
     given = None if word is None else asked.parse(word, _MANY_CLASSES)
     book = Pictures(folder, form, manifest.get("batch", 1), manifest.get("seed", 0), given)
     try:

@@ -244,8 +244,13 @@ def _first(folder: Path, book: dict) -> dict:
     except FileExistsError:
         part.unlink()
         return _read(folder)
-    except OSError:  # a file system without hard links
-        os.replace(part, path)
+    except OSError:  # a file system without hard links: whoever creates the file may fill it
+        part.unlink()
+        try:
+            with open(path, "xb") as file:
+                file.write(_text(book))
+        except FileExistsError:
+            return _read(folder)
         return book
     part.unlink()
     return book

@@ -39,7 +39,7 @@ def figures(
     if "is" in metrics:
         found["is"] = _inception_score(samples, definition)
     if {"kid", "prc"} & {*metrics}:
-        rows, others = _rows(samples), _rows(reference)
+        rows, others = rows_of(samples), rows_of(reference)
         about = {"n": len(rows), "reference_n": len(others)}
         if "kid" in metrics:
             size, said = suspicions.subset(kid_subset, *about.values())
@@ -54,7 +54,7 @@ def figures(
 
 def _frechet(metrics, samples: FeatureSet, reference) -> tuple[dict, list[str]]:
     width, n = samples.settings["width"], samples.n
-    made, real = fid.collected(_chunks(samples), width), _gaussian(reference, width)
+    made, real = fid.collected(_chunks(samples), width), gaussian_of(reference, width)
     root = None if isinstance(real, Few) else root_of(real)
     value, infinite = frechet(made, real, root), None
     error = fid.standard_error(fid.influence(_chunks(samples), made, real, root))
@@ -74,7 +74,8 @@ def _frechet(metrics, samples: FeatureSet, reference) -> tuple[dict, list[str]]:
     return found, fid.remarks(n, width, value, infinite)
 
 
-def _gaussian(reference: Statistics | FeatureSet, width: int) -> Gaussian | Few:
+def gaussian_of(reference: Statistics | FeatureSet, width: int) -> Gaussian | Few:
+    """width: of its features, D."""
     if isinstance(reference, FeatureSet):
         return fid.collected(_chunks(reference), width)
     return Gaussian(torch.from_numpy(reference.mean), torch.from_numpy(reference.covariance))
@@ -103,6 +104,6 @@ def _chunks(features: FeatureSet):
     return (rows for (rows,) in features.chunks("features"))
 
 
-def _rows(features: Statistics | FeatureSet) -> np.ndarray:
+def rows_of(features: Statistics | FeatureSet) -> np.ndarray:
     """float32 (n, D)."""
     return np.concatenate([*_chunks(features)]) if isinstance(features, FeatureSet) else features.features

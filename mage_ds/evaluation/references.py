@@ -57,6 +57,16 @@ def read_statistics(path: Path) -> Statistics:
         raise UserError(f"{path}: not readable as statistics ({_line(error)}); copy it again, or {_REMEDY}") from None
 
 
+def holds_pictures(path: Path) -> bool:
+    """Whether an .npz has pictures (arr_0) and no statistics."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {*archive.namelist()}
+            return "arr_0.npy" in names and "mu.npy" not in names
+    except _BROKEN:
+        return False
+
+
 def _read(path: Path, archive: zipfile.ZipFile) -> Statistics:
     names = [name.removesuffix(".npy") for name in archive.namelist()]
     if any(name.endswith("data.pkl") for name in names):

@@ -21,12 +21,16 @@ _LOSSY = (".jpg", ".jpeg", ".webp")
 
 def sizes(what: str, found: Mapping[tuple[int, int], int], side: int) -> list[str]:
     """found: (height, width) in the files -> pictures of it, before they were resized to `side` pixels."""
+    small = sum(count for shape, count in found.items() if min(shape) < side)
+    remarks = [f"{what}: {small:,} pictures were enlarged to {side} px, which blurs them; use smaller samples"] * (
+        small > 0
+    )
     if len(found) < 2:
-        return []
+        return remarks
     most = sorted(found.items(), key=lambda item: -item[1])[:3]
     listed = ", ".join(f"{count:,} of {high}x{wide}" for (high, wide), count in most)
     listed += ", ..." if len(found) > 3 else ""
-    return [f"{what}: pictures of unlike sizes ({listed}), each resized to {side} px and cropped"]
+    return [*remarks, f"{what}: pictures of unlike sizes ({listed}), each resized to {side} px and cropped"]
 
 
 def compressed(what: str, formats: Mapping[str, int]) -> list[str]:
@@ -90,8 +94,9 @@ def number(what: str, n: int, asked: int | None, metrics: Sequence[str]) -> list
 
 
 def same(source: Mapping, reference: Mapping) -> None:
-    """Facts of both, "source" and "fingerprint". UserError where they are the same pictures."""
-    if source.get("fingerprint") is not None and source["fingerprint"] == reference.get("fingerprint"):
+    """Facts of both, "source", "fingerprint" and "files". UserError where they are the same pictures."""
+    alike = [source.get(name) == reference.get(name) for name in ("fingerprint", "files")]
+    if source.get("fingerprint") is not None and all(alike):
         raise UserError(
             f"--reference {reference.get('source')}: holds the pictures of SOURCE themselves (same fingerprint), of "
             "which every distance is 0; name real ones"

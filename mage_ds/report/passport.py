@@ -62,9 +62,9 @@ def _commit() -> dict:
         return {}
 
 
-def write(folder: Path, results: Mapping) -> Path:
-    """results.json in `folder`, whole or not at all. Numbers that are not finite become null."""
-    path = Path(folder) / "results.json"
+def write(folder: Path, results: Mapping, name: str = "results.json") -> Path:
+    """results.json, or another `name`, in `folder`, whole or not at all. Numbers that are not finite become null."""
+    path = Path(folder) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.saved(path) as file:
@@ -74,7 +74,7 @@ def write(folder: Path, results: Mapping) -> Path:
     return path
 
 
-_NAMES = {"fid": "FID", "fid_infinity": "FID at n = infinity", "is": "Inception score", "kid": "KID"}
+NAMES = {"fid": "FID", "fid_infinity": "FID at n = infinity", "is": "Inception score", "kid": "KID"}
 
 
 def table(results: Mapping) -> str:
@@ -85,19 +85,22 @@ def table(results: Mapping) -> str:
     for name, figure in results["figures"].items():
         low_high = figure.get("interval")
         interval = "-" if low_high is None else " to ".join(_number(each) for each in low_high)
-        line = [_NAMES.get(name, name), _number(figure["value"]), interval, f"{figure['n']:,}"]
+        line = [NAMES.get(name, name), _number(figure["value"]), interval, f"{figure['n']:,}"]
         lines.append([*line, *([_number(published.get(name))] if published else [])])
-    text = [aligned(lines)]
+    return "\n".join([aligned(lines), *notes(results), *(f"- {remark}" for remark in results.get("remarks", []))])
+
+
+def notes(results: Mapping) -> list[str]:
+    """Lines beneath figures: what their intervals are, and of which features they are made."""
     kinds = {figure["interval_is"]: [] for figure in results["figures"].values() if figure.get("interval_is")}
     for name, figure in results["figures"].items():
         if figure.get("interval_is"):
-            kinds[figure["interval_is"]].append(_NAMES.get(name, name))
-    text += [f"(interval of {', '.join(names)}: {kind})" for kind, names in kinds.items()]
+            kinds[figure["interval_is"]].append(NAMES.get(name, name))
     extractor = results["extractor"]
-    text.append(
-        f"(features: {extractor['name']}, {str(extractor['hash'])[:12]}; compare with figures of the same only)"
-    )
-    return "\n".join([*text, *(f"- {remark}" for remark in results.get("remarks", []))])
+    return [
+        *(f"(interval of {', '.join(names)}: {kind})" for kind, names in kinds.items()),
+        f"(features: {extractor['name']}, {str(extractor['hash'])[:12]}; compare with figures of the same only)",
+    ]
 
 
 def _number(value: float | None) -> str:
@@ -118,11 +121,13 @@ def read(path: Path) -> dict:
     return results
 
 
-def difference(before: Mapping, now: Mapping, sections=IDENTITY) -> str | None:
+def difference(before: Mapping, now: Mapping, sections=IDENTITY, exact: bool = False) -> str | None:
     """The first field of these sections that differs, as words; None: all are the same. Fields that one does not have
-    (it was written by another version) differ too."""
+    (it was written by another version) differ too. exact: the times of files count, which a copy has others of."""
     then, here = (dict(_leaves({name: each.get(name) for name in sections})) for each in (before, _plain(now)))
     for key in [*then, *(key for key in here if key not in then)]:
+        if key.endswith(".files") and not exact:
+            continue
         if then.get(key) != here.get(key):
             return f"{key}: {_brief(then.get(key))} then, {_brief(here.get(key))} now"
     return None

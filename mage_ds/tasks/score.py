@@ -61,8 +61,9 @@ def score(
     Returns: what results.json holds, on the first rank; None on the others. Raises: UserError.
     """
     options = {name: value for name, value in locals().items() if name not in ("keep", "out")}
+    options = scoring.settled(options)
     process.start(threads)
-    job = scoring.open_job(scoring.settled(options), _path(out), _path(keep))
+    job = scoring.open_job(options, _path(out), _path(keep))
     process.say(f"results: {job.out}")
     known = scored.known(job) if process.start().first and keep is None else None
     if process.broadcast_object(known is not None):
@@ -74,10 +75,10 @@ def replay(results, *, out=None) -> None:
     """The evaluation of a results.json anew, in `out` (a new folder beside it): UserError that names the first field
     that differs, figures last, which are to be equal to a millionth. Versions and machines may differ, and are said."""
     before = passport.read(Path(results))
-    process.start(before["options"].get("threads", 1))
-    out = _path(out) or process.on_first(lambda: _unused(Path(results)))
     try:
         options = scoring.settled(before["options"])
+        process.start(options["threads"])
+        out = _path(out) or process.on_first(lambda: _unused(Path(results)))
         job = scoring.open_job(options, out, None)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{results}: is not whole ({error!r}); it cannot be replayed") from None

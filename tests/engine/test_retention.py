@@ -84,3 +84,19 @@ def test_finding(run):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         retention.find(run)
+
+
+def test_a_pin_is_taken_back_and_those_of_others_stay(run):
+    folder = checkpoint.folder_of(run, 20)
+    retention.unpin(folder, "sampled")  # there is none
+    for why in ("sampled into out", "evaluated into out", "sampled into outside"):
+        retention.pin(folder, why)
+    before = (folder / "pinned").stat()
+    retention.unpin(folder, "evaluated into out")
+    assert retention.pins(folder) == ["sampled into out", "sampled into outside"]
+    after = (folder / "pinned").stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)  # in place: an append meanwhile is not lost
+    for why in ("sampled into out", "sampled into outside"):
+        retention.unpin(folder, why)
+    retention.prune(run, 84, 1, 0)
+    assert retention.steps(run) == [84]

@@ -209,7 +209,7 @@ def test_the_same_from_files_and_statistics(scored):
     for name, value in drawn.items():
         assert files[name] == pytest.approx(value, rel=1e-9), name
     assert results(root / "files")["reference"]["kind"] == "statistics"
-    [place] = (root / "kept_evaluated").iterdir()
+    [place] = (root / "evaluated" / "kept").iterdir()
     assert place.name.startswith("real-val-") and results(place)["source"]["n"] == 50
     assert "the first 50 of 100 pictures" in said(scored, "default place")
 
@@ -310,3 +310,27 @@ def test_the_published_row(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "published" in lines[0] and lines[1].split() == ["FID", "12.5", "-", "50,000", "11.1"]
     assert lines[2].split()[-3:] == ["81", "9", "81.2"] and "- one" in lines
+
+
+def test_files_that_were_written_over_are_looked_at_anew(tmp_path):
+    """Also where their names and sizes are the same; a folder of `sample` is a reference without its grid.png."""
+    make_export(tmp_path / "mage")
+    rng = np.random.default_rng(0)
+
+    def write(folder):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(tmp_path / folder / f"{i}.bmp")
+
+    write("a"), write("b")
+    line = ["evaluate", "a", "--reference", "b", "--features", "run:mage", "--metrics", "fid", "--neighbours", "off"]
+    sample = ["sample", "mage", "--num", 6, "--out", "made"]
+    made = ["evaluate", "a", "--reference", "made", *line[4:], "--out", "of_made"]
+    first = several([*line, "--out", "o"], line, sample, made, cwd=tmp_path)
+    assert [code for code, _, _ in first] == [0, 0, 0, 0], first
+    assert results(tmp_path / "of_made")["reference"]["n"] == 6
+    write("a")
+    (code, _, wrong), (again, _, _) = several([*line, "--out", "o"], line, cwd=tmp_path)
+    assert code == 2 and "source.files" in wrong and again == 0
+    one, two = (values(results(folder)) for folder in (tmp_path / "evaluated" / "a").iterdir())
+    assert one != two

@@ -11,13 +11,14 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from launched import OFTEN, TINY, environment, losses, mage_ds, metrics, run, several, status
+from launched import OFTEN, TINY, Launch, environment, losses, metrics, run, several, status
 from made_export import make_export
 
 from mage_ds.engine import retention
+from mage_ds.engine.run_folder import write_status
 
 pytestmark = pytest.mark.processes
-STEPS, SAVED, NUM = 400, 50, 16
+STEPS, SAVED, NUM = 200, 30, 16
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def root(made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words():
-    look = ["--reference", "real", "--features", "run:other", "--num", NUM, "--batch", 8, "--steps", 4]
+    look = ["--reference", "real", "--features", "run:other", "-n", NUM, "--batch", 8, "--steps", 4]
     return [*look, "--metrics", "fid,prc", "--neighbours", "off"]
 
 
@@ -87,7 +88,9 @@ def watched(root, made, words):
         until(lambda: "waiting for it" in watch.said(), watch)
         assert not folder.exists()  # a folder that is no run would be refused by the training
         with started(*train, cwd=root) as training:
-            until(lambda: last(folder) > SAVED and book(folder), watch, training)
+            until(lambda: last(folder) > SAVED, watch, training)
+            training.send_signal(signal.SIGSTOP)  # it could have finished before the first figures
+            until(lambda: book(folder), watch, training)
             training.send_signal(signal.SIGKILL)
         killed = last(folder)
         with started(*train, cwd=root) as training:
@@ -98,7 +101,7 @@ def watched(root, made, words):
 
 def test_the_training_is_as_if_nobody_watched(watched):
     folder, _, killed = watched
-    assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1)) and SAVED < killed
+    assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1)) and killed > SAVED
     assert retention.steps(folder)[-1] == STEPS and len(retention.steps(folder)) <= 2  # one was read at the last save
     assert not any(retention.pins(retention.folder_of(folder, step)) for step in retention.steps(folder))
     assert retention.left(folder) == []
@@ -109,7 +112,12 @@ def test_figures_are_in_the_book_the_metrics_and_the_board(watched):
     folder, said, _ = watched
     found = book(folder)
     steps = [record["step"] for record in found]
-    assert steps == sorted({*steps}) and steps[-1] == STEPS and len(steps) >= 2 and all(s % SAVED == 0 for s in steps)
+    assert (
+        steps == sorted({*steps})
+        and steps[-1] == STEPS
+        and len(steps) >= 2
+        and all(step % SAVED == 0 for step in steps[:-1])
+    )
     assert sorted((r for r in metrics(folder) if "fid" in r), key=lambda record: record["step"]) == found
     for record in found:
         assert record["n"] == NUM and {"fid", "precision", "recall", "seconds", "weights"} < {*record}
@@ -122,15 +130,6 @@ def test_figures_are_in_the_book_the_metrics_and_the_board(watched):
     assert [value for _, value in board["evaluated/fid"]] == pytest.approx([r["fid"] for r in found], rel=1e-6)
     own = scalars(folder / "tensorboard")
     assert [step for step, _ in own["train/loss"]] == list(range(1, STEPS + 1)) and "evaluated/fid" not in own
-
-
-def test_figures_are_those_of_evaluate(watched, root, words):
-    folder, _, _ = watched
-    mage_ds("evaluate", "run", *words, "--checkpoint", STEPS, "--out", "alone", cwd=root)
-    alone = json.loads((root / "alone" / "results.json").read_text())["figures"]
-    assert {name: figure["value"] for name, figure in alone.items()} == {
-        name: book(folder)[-1][name] for name in ("fid", "precision", "recall")
-    }
 
 
 def test_a_finished_run_is_evaluated_once_and_mistakes_are_one_line(watched, root, words, made):
@@ -148,6 +147,7 @@ def test_a_finished_run_is_evaluated_once_and_mistakes_are_one_line(watched, roo
         "file": ["evaluate", "real/0", *words, "--watch", "--patience", 0],
         "tokenizer": ["evaluate", made[1], *words, "--watch"],
         "nothing": ["evaluate", "never", *words, "--watch", "--patience", 0.0001],
+        "alone": ["evaluate", "run", *words, "--checkpoint", STEPS, "--out", "alone"],
     }
     answers = dict(zip(lines, several(*lines.values(), cwd=root), strict=True))
     assert answers["again"][0] == 0 and "step" not in answers["again"][1].replace("steps", ""), answers["again"]
@@ -167,25 +167,52 @@ def test_a_finished_run_is_evaluated_once_and_mistakes_are_one_line(watched, roo
         code, _, err = answers[name]
         assert code == 2 and err.count("\n") == 1 and all(part in err for part in parts), (name, err)
     assert not (root / "never").exists()
+    alone = json.loads((root / "alone" / "results.json").read_text())["figures"]
+    assert {name: figure["value"] for name, figure in alone.items()} == {
+        name: book(folder)[-1][name] for name in ("fid", "precision", "recall")
+    }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_in_one_line_and_it_goes_on(watched, root, words, number):
-    folder = root / f"copy_{number}"
-    shutil.copytree(root / "run", folder, ignore=shutil.ignore_patterns("evaluated"))
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, STEPS + 1)))
+@pytest.fixture
+def copied(watched, root):
+    """A run that has trained alone, and is to be looked at 400 times."""
+
+    def copy(name):
+        folder = root / name
+        shutil.copytree(root / "run", folder, ignore=shutil.ignore_patterns("evaluated", "pinned", "watch"))
+        (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, STEPS + 1)))
+        return folder
+
+    return copy
+
+
+def stop(folder, words, number):
+    """A signal in the middle of an evaluation."""
     pin = lambda: retention.pins(retention.folder_of(folder, STEPS))  # noqa: E731
-    words = [*words, "--num", 400]
-    with started("evaluate", folder.name, *words, "--watch", cwd=root) as watch:
-        tiles = folder / "evaluated" / "watch"
-        until(lambda: any(tiles.glob("step_*/features/samples/tiles/*")), watch)
+    with started("evaluate", folder.name, *words, "-n", 400, "--watch", "--every", STEPS, cwd=folder.parent) as watch:
+        until(lambda: any((folder / "evaluated" / "watch").glob("step_*/features/samples/tiles/*")), watch)
         assert len(pin()) == 1 and "evaluated into" in pin()[0]
         watch.send_signal(number)
         assert watch.wait(60) == 75, watch.said()
         name = signal.Signals(number).name
         assert watch.said().endswith(f"{name}: stopped watching; the same command goes on\n"), watch.said()
         assert "Traceback" not in watch.said() and pin() == []
-    if number == signal.SIGTERM:  # on two ranks then
-        said = run("evaluate", folder.name, *words, "--watch", cwd=root).text
-        assert said.count(f"step {STEPS:6d}  fid") == 1 and [r["n"] for r in book(folder)] == [400]
-        assert os.listdir(folder / "tensorboard" / "watch")
+
+
+def test_a_signal_ends_it_in_one_line(copied, words):
+    stop(copied("terminated"), words, signal.SIGTERM)
+
+
+@pytest.mark.full
+def test_what_was_interrupted_goes_on_by_two_ranks(copied, words):
+    folder = copied("interrupted")
+    stop(folder, words, signal.SIGINT)
+    line = ["evaluate", folder.name, *words, "-n", 400, "--watch", "--every", STEPS]
+    said = run(*line, cwd=folder.parent).text
+    assert said.count(f"step {STEPS:6d}  fid") == 1 and [r["n"] for r in book(folder)] == [400], said
+    assert os.listdir(folder / "tensorboard" / "watch")
+    with Launch(*line, "--out", "later", "--patience", 1, cwd=folder.parent) as launch:  # ranks that wait
+        write_status(folder, "running")
+        launch.until(lambda: f"step {STEPS:6d}  fid" in launch.output)
+        write_status(folder, "finished")
+        assert launch.ended() == 0 and launch.output.count("has finished") == 1, launch.output
