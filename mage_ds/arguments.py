@@ -199,7 +199,8 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         type=_some(_METRICS),
         metavar="LIST",
-        help=f"of {', '.join(_METRICS)} (default: readable; with --features: fid,kid,prc; with --inception: fid,is,kid,prc)",
+        help=f"of {', '.join(_METRICS)} (default: readable; with --features: fid,kid,prc; with --inception: "
+        "fid,is,kid,prc)",
     )
     made.add_argument("--inception", metavar="FILE", help=f"Inception's weights: {_INCEPTION}, of torch-fidelity")
     made.add_argument(
