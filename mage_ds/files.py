@@ -1,10 +1,15 @@
-"""Files that are whole or not there, that one process writes, and of which a checksum is known."""
+"""Files that are whole or not there, that one process writes, or the first of several, and of which a checksum is
+known."""
 
 import fcntl
 import hashlib
 import os
+import time
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_LOOKS, _LOOK_S = 20, 0.05  # at a file that is empty, because another process is about to write it
 
 
 @contextmanager
@@ -20,6 +25,38 @@ def saved(path: Path):
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def begin(path: Path, data: bytes, work: Path) -> bool:
+    """Writes `path` where it is not there, in one piece; False where it is: of several processes the first has its own
+    way. work: a folder for it meanwhile, made where it is missing, on the same file system. Read it with `begun`."""
+    work.mkdir(exist_ok=True)
+    part = work / f"{path.name}.{uuid.uuid4().hex[:12]}"
+    part.write_bytes(data)
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: whoever creates the file may fill it
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def begun(path: Path) -> str:
+    """The text of a file that `begin` writes; waits a second for one that is still empty."""
+    text = path.read_text()
+    for _ in range(_LOOKS):
+        if text:
+            break
+        time.sleep(_LOOK_S)
+        text = path.read_text()
+    return text
 
 
 def lock(file) -> bool:

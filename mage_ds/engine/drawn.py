@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mage_ds.engine import inference, painting, process, stored
 from mage_ds.engine.sources import Source, open_source
@@ -52,7 +53,8 @@ def redrawn(path: Path, data) -> Source:
     def read(index: np.ndarray) -> np.ndarray:
         nonlocal tokenizer
         tokenizer = tokenizer or inference.frozen(opened.tokenizer)
-        return inference.draw(tokenizer, inference.tokens_of(tokenizer, real.read(index)), rounded=True)
+        images = torch.from_numpy(real.read(index)).to(process.start().device).permute(0, 3, 1, 2).float().div(255)
+        return inference.draw(tokenizer, inference.tokens_of(tokenizer, images), rounded=True)
 
     facts = {"source": str(path.resolve()), "kind": "reconstructions", "height": real.size, "width": real.size}
     facts |= {"weights": stored.weights_hash(opened.tokenizer.state_dict()), "of": real.facts}

@@ -35,7 +35,7 @@ def settings_of(source: Source, extractor: Extractor) -> dict:
         "weights": extractor.hash,
         "width": extractor.width,
         "logits": extractor.logits,
-        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": process.device_name(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "pillow")},
         "source": source.facts,

@@ -16,7 +16,6 @@ from mage_ds.evaluation.features import WIDTH, fitted, fused, load_inception
 from mage_ds.interop import safe
 
 _LOGITS = 1008  # of Inception
-_SOME = 16  # pictures that a MAGE's tokenizer takes at once: at 256 px each of its activations takes 34 MB a picture
 _KINDS = "timm:NAME, timm:NAME:FILE or run:PATH"
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model")  # where files of trainings keep the weights
 _HUB = ("model.safetensors", "pytorch_model.bin")  # as timm publishes them
@@ -90,9 +89,7 @@ def _run(path: Path) -> Extractor:
     @torch.no_grad()
     def call(images: Tensor) -> tuple[Tensor, None]:
         seen = fitted(images, size, short=size).div(255)
-        seen = seen.contiguous(memory_format=inference.layout(seen.device))
-        tokens = [tokenizer.tokenize(some) for some in seen.split(_SOME)]
-        return model.features(torch.cat(tokens)).float(), None
+        return model.features(inference.tokens_of(tokenizer, seen)).float(), None
 
     width = model.token_emb.word_embeddings.weight.shape[1]
     return Extractor(

@@ -5,7 +5,9 @@ import numpy as np
 from mage_ds.engine import process
 from mage_ds.sampling import decode
 
-_SOME = 16  # pictures that the detokenizer makes at once: at 256 px each of its activations takes 34 MB a picture
+_SOME = (
+    16  # pictures that a tokenizer takes, or makes, at once: at 256 px each of its activations takes 34 MB a picture
+)
 
 
 def engine(model, dtype):
@@ -40,15 +42,13 @@ def layout(device):
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
-def tokens_of(tokenizer, images: np.ndarray):
-    """The tokens int64 (B, N) of pictures uint8 (B, H, W, 3), by a tokenizer that is `frozen`, on its device."""
+def tokens_of(tokenizer, images):
+    """The tokens int64 (B, N) of pictures in [0, 1] (B, 3, H, W), by a tokenizer that is `frozen`, on its device."""
     import torch
 
-    device = process.start().device
-    pictures = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(255)
-    pictures = pictures.contiguous(memory_format=layout(device))
+    images = images.contiguous(memory_format=layout(images.device))
     with torch.no_grad():
-        return torch.cat([tokenizer.tokenize(some) for some in pictures.split(_SOME)])
+        return torch.cat([tokenizer.tokenize(some) for some in images.split(_SOME)])
 
 
 def draw(tokenizer, tokens, rounded: bool = False) -> np.ndarray:

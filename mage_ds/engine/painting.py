@@ -76,7 +76,7 @@ def choose(
         "classes": opened.classes,
         "precision": ds_config.choose_precision(precision, device),
         "rounding": "nearest" if rounded else "truncated",
-        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": process.device_name(),
         "versions": {name: metadata.version(name) for name in ("torch", "deepspeed", "numpy")},
         "batch": batch,
         "threads": torch.get_num_threads(),

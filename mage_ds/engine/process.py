@@ -218,6 +218,14 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+def device_name() -> str:
+    """What results depend on, up to rounding, beside the settings: "cpu", or which GPU."""
+    import torch
+
+    device = start().device
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def on_first(action):
     """`action()` on rank 0 only; its result, or its UserError, on every rank (files are touched by one rank)."""
     outcome = None

@@ -106,10 +106,12 @@ def _source(path: Path, raw: _Raw, size: int | None) -> Source:
     first = np.asarray(_decoded(raw, 0) if size is None else _fitted(_decoded(raw, 0), size))
     shape = high, wide = first.shape[:2]
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "decode")
+    seen: dict[int, tuple[int, int]] = {}  # sizes of what was read, until they are asked for
 
     def one(i: int) -> np.ndarray:
         image = _decoded(raw, i)
         if size is not None:
+            seen[i] = image.size
             return np.asarray(_fitted(image, size))
         if image.size != (wide, high):
             raise UserError(
@@ -126,7 +128,8 @@ def _source(path: Path, raw: _Raw, size: int | None) -> Source:
         return made
 
     def sizes(index: np.ndarray) -> np.ndarray:
-        return np.array([raw.image(int(i)).size[::-1] for i in index], dtype=np.int32).reshape(-1, 2)
+        known = [seen.pop(int(i), None) or raw.image(int(i)).size for i in index]
+        return np.array(known, dtype=np.int32).reshape(-1, 2)[:, ::-1]
 
     facts = {"source": str(path.resolve()), **raw.facts, "height": high, "width": wide, "resized": size}
     side = high if high == wide else None

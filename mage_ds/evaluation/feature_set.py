@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mage_ds import files
 from mage_ds.errors import UserError, refuse_differences
 
 ARRAYS = ("features", "logits", "labels", "sums", "sizes")  # of a tile
@@ -64,8 +65,9 @@ class FeatureSet:
             book = _read(folder)
             if book is None:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / ".work").mkdir(exist_ok=True)
-                book = _first(folder, {"n": n, "batch": batch, "settings": settings})
+                book = {"n": n, "batch": batch, "settings": settings}
+                if not files.begin(folder / "features.json", _text(book), folder / ".work"):
+                    book = _read(folder)
             before, now = _flat(book), _flat({"settings": settings, "batch": batch})
             refuse_differences(folder, "features", before, now, _brief, _FREE)
             for name in ("tiles", ".work"):
@@ -224,7 +226,7 @@ def _read(folder: Path) -> dict | None:
     """features.json, None where there is none. UserError where it is damaged."""
     path = folder / "features.json"
     try:
-        book = json.loads(path.read_text())
+        book = json.loads(files.begun(path))
         n, batch, settings = int(book["n"]), int(book["batch"]), dict(book["settings"])
         if n < 1 or batch < 1:
             raise ValueError(f"n {n}, batch {batch}")
@@ -233,27 +235,6 @@ def _read(folder: Path) -> dict | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not readable as a list of settings ({error!r}); choose another folder") from None
-
-
-def _first(folder: Path, book: dict) -> dict:
-    """Writes the first features.json, and returns the one that is there: of two processes the first has its way."""
-    path, part = folder / "features.json", folder / ".work" / f"features.json.{uuid.uuid4().hex[:12]}"
-    part.write_bytes(_text(book))
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        part.unlink()
-        return _read(folder)
-    except OSError:  # a file system without hard links: whoever creates the file may fill it
-        part.unlink()
-        try:
-            with open(path, "xb") as file:
-                file.write(_text(book))
-        except FileExistsError:
-            return _read(folder)
-        return book
-    part.unlink()
-    return book
 
 
 def _flat(book: dict) -> dict:

@@ -2,30 +2,21 @@
 whether all are there. Any number of processes read and replace it at once."""
 
 import json
-import os
-import time
-import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+from mage_ds import files
 from mage_ds.errors import UserError, refuse_differences
 
 # May differ when a folder is continued: the first ones change no picture, the last two only its rounding.
 _FREE = ("num", "run", "complete", "classes", "also", "device", "versions")
-_LOOKS, _LOOK_S = 20, 0.05  # at a manifest that is empty, because another process is about to write it
 
 
 def read_manifest(out: Path) -> dict | None:
     """manifest.json of a folder of pictures, None where there is none. UserError where it is damaged."""
     path = Path(out) / "manifest.json"
     try:
-        text = path.read_text()
-        for _ in range(_LOOKS):
-            if text:
-                break
-            time.sleep(_LOOK_S)
-            text = path.read_text()
-        manifest = json.loads(text)
+        manifest = json.loads(files.begun(path))
         return manifest | {"num": int(manifest["num"]), "complete": bool(manifest["complete"])}
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -35,23 +26,8 @@ def read_manifest(out: Path) -> dict | None:
 
 def begin(book, manifest: dict) -> dict:
     """Writes the first manifest, and returns the one that is there: of two processes the first has its own way."""
-    path = book.out / "manifest.json"
-    book.work.mkdir(exist_ok=True)
-    part = book.work / f"manifest.json.{uuid.uuid4().hex[:12]}"
-    part.write_bytes(_bytes(manifest))
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        return read_manifest(book.out)
-    except OSError:  # a file system without hard links: whoever creates the file may fill it
-        try:
-            with open(path, "xb") as file:
-                file.write(_bytes(manifest))
-        except FileExistsError:
-            return read_manifest(book.out)
-    finally:
-        part.unlink(missing_ok=True)
-    return manifest
+    first = files.begin(book.out / "manifest.json", _bytes(manifest), book.work)
+    return manifest if first else read_manifest(book.out)
 
 
 def write(book, manifest: dict) -> None:

@@ -39,7 +39,3 @@ def whole(out, num, form="png", labels=None):
     fill(book, num, [np.arange(start, start + 4) for start in book.missing(num)])
     end(book, num)
     return book
-
-
-def files(out):
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}

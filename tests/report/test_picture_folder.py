@@ -4,10 +4,12 @@ import errno
 import os
 import shutil
 import tarfile
+import time
 from types import SimpleNamespace
 
 import pytest
-from made_sets import SETTINGS, end, files, fill, settings, whole
+from forked import files
+from made_sets import SETTINGS, end, fill, settings, whole
 
 from mage_ds.errors import UserError
 from mage_ds.report import joined, manifest, pictures
@@ -125,7 +127,7 @@ def test_of_two_that_begin_at_once_with_other_settings_one_is_refused(tmp_path, 
         raise OSError(errno.EPERM, "no hard links")
 
     if not links:
-        monkeypatch.setattr(manifest.os, "link", no_link)
+        monkeypatch.setattr(os, "link", no_link)
     first = whole(tmp_path, 4)
     blind = [None]
     monkeypatch.setattr(pictures, "read_manifest", lambda out: blind.pop() if blind else manifest.read_manifest(out))
@@ -144,7 +146,7 @@ def test_a_manifest_that_is_about_to_be_written_is_waited_for(tmp_path, monkeypa
         if len(looks) == 3:
             path.write_text('{"num": 4, "complete": false}')
 
-    monkeypatch.setattr(manifest.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     assert manifest.read_manifest(tmp_path)["num"] == 4
     path.write_text("")
     with pytest.raises(UserError, match="not readable"):

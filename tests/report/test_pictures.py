@@ -10,7 +10,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from made_sets import SETTINGS, end, files, fill, made, picture, settings, whole
+from forked import files
+from made_sets import SETTINGS, end, fill, made, picture, settings, whole
 from PIL import Image
 
 from mage_ds.errors import UserError

@@ -8,6 +8,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import forked
 import launched
 import numpy as np
 import pytest
@@ -21,10 +22,6 @@ from mage_ds.sampling import claims
 pytestmark = pytest.mark.processes
 NUM, BATCH = 42, 4  # the last tile has padding, and tars are of three tiles
 FORMATS = ("png", "tar", "npz")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +49,7 @@ def line(root: Path, form: str) -> list:
 
 
 def same(made: Path, root: Path, form: str) -> None:
-    one, other = files(made), files(root / "alone" / form)
-    assert sorted(one) == sorted(other)
-    assert [name for name in one if one[name] != other[name]] == []
+    forked.same(made, root / "alone" / form)
 
 
 def test_formats_hold_the_same_pictures(root):
