@@ -7,7 +7,7 @@ import torch
 from mage_ds.interop import exported
 from mage_ds.interop.parts import Parts
 from mage_ds.models import Mage, Vqgan
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 
 SIDE, FACTOR, CODES = 32, 4, 64  # pixels, pixels of a token, codes
 TOKENS = (SIDE // FACTOR) ** 2

@@ -11,7 +11,7 @@ from PIL import Image
 
 import mage_ds
 from mage_ds import UserError, keyed, pretrained
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 from mage_ds.sampling import decode
 
 SIDE, FACTOR, N, CODES = 16, 4, 16, plain.CODES

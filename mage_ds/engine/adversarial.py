@@ -16,7 +16,7 @@ from torch import Tensor
 from mage_ds.engine import process, state
 from mage_ds.models import Vqgan
 from mage_ds.models.adversary import adaptive_weight, generator_loss, hinge
-from mage_ds.recipes.schema import Adversary
+from mage_ds.recipes.sections import Adversary
 
 
 class Opponent:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from mage_ds.recipes.schema import Optimizer
+from mage_ds.recipes.sections import Optimizer
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:

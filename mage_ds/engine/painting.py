@@ -14,7 +14,7 @@ import numpy as np
 
 from mage_ds.engine import ds_config, inference, process, retention, stored
 from mage_ds.errors import UserError
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 from mage_ds.sampling import decode, labels
 
 _PRECISIONS = ("auto", "bf16", "float32")

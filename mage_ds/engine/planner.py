@@ -21,7 +21,8 @@ from mage_ds.models import Decoder, Encoder, Mage, Vqgan
 from mage_ds.models.adversary import Lpips, PatchGAN
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import masks
-from mage_ds.recipes.schema import PretrainRecipe, Recipe, VqganModel
+from mage_ds.recipes.schema import PretrainRecipe, Recipe
+from mage_ds.recipes.sections import VqganModel
 
 CHECKPOINTING = ("none", "selective", "full")
 _DECODER = ("decoder", "tokens", "vocabulary", "dropout", "padding", "classes")  # of a MAGE's numbers

@@ -13,7 +13,7 @@ from mage_ds.evaluation import references, suspicions
 from mage_ds.evaluation.feature_set import FeatureSet
 from mage_ds.evaluation.figures import METRICS
 from mage_ds.files import sha256
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 from mage_ds.report import passport
 
 _NUM, _BATCH = 50_000, 64

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import deque
 
-from mage_ds.recipes.schema import Spike
+from mage_ds.recipes.sections import Spike
 
 MOST_REWINDS = 3  # in a row, none of which led to a checkpoint beyond the spike
 

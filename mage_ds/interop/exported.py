@@ -15,7 +15,7 @@ from torch import Tensor
 from mage_ds.errors import UserError
 from mage_ds.interop import safe
 from mage_ds.interop.parts import Parts, brief, check, check_size, expected
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 
 FORMAT = 1
 SHARD_BYTES = 5 * 10**9

@@ -17,7 +17,7 @@ from torch import Tensor
 from mage_ds.errors import UserError
 from mage_ds.interop import safe
 from mage_ds.interop.parts import PATCH, Parts, brief, check, check_size, expected
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 
 _CODES, _WORDS, _CLASS, _MASK = 1024, 2025, 1100, 2024
 _HEAD_WIDTH, _DECODER_HEADS, _GRID = 64, 16, 16

@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from mage_ds.errors import UserError
 from mage_ds.recipes.explain import explain
-from mage_ds.recipes.schema import TASKS, Duration, Recipe
+from mage_ds.recipes.schema import TASKS, Recipe
+from mage_ds.recipes.sections import Duration
 
 _FOLDER = Path(__file__).parent
+_KINDS = ("paper", "digits", "emoji")  # folders of recipes; sweeps/ holds tables of them
 _UNITS = ("epochs", "steps", "samples")
 
 
@@ -37,7 +39,11 @@ _Loader.add_implicit_resolver(
 
 def recipe_names() -> list[str]:
     """Names of the packaged recipes, sorted."""
-    return sorted(path.stem for path in _FOLDER.glob("*/*.yaml"))
+    return sorted(path.stem for path in _files())
+
+
+def _files() -> list[Path]:
+    return [path for kind in _KINDS for path in (_FOLDER / kind).glob("*.yaml")]
 
 
 def recipe_file(name_or_path: str | Path) -> Path:
@@ -48,7 +54,7 @@ def recipe_file(name_or_path: str | Path) -> Path:
         if not path.is_file():
             raise UserError(f"{text}: no such recipe file; packaged recipes: {', '.join(recipe_names())}")
         return path
-    for path in _FOLDER.glob("*/*.yaml"):
+    for path in _files():
         if path.stem == text:
             return path
     close = difflib.get_close_matches(text, recipe_names(), 1, 0.4)

@@ -4,7 +4,7 @@ from typing import get_args
 
 from mage_ds.errors import UserError
 from mage_ds.inputs import convert
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 
 _NEVER = "this model was trained with label_dropout 0 and cannot do without a label"
 

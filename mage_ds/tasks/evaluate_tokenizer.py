@@ -18,7 +18,7 @@ from mage_ds.inputs import dali
 from mage_ds.inputs.catalog import Catalog, open_catalog
 from mage_ds.inputs.quarantine import Quarantine
 from mage_ds.interop.lpips import load_lpips
-from mage_ds.recipes.schema import Augmentation, Inputs
+from mage_ds.recipes.sections import Augmentation, Inputs
 from mage_ds.report import grids, tables
 from mage_ds.report.progress import counter
 from mage_ds.sampling.tiles import mine, tiles

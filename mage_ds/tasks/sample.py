@@ -12,7 +12,7 @@ import numpy as np
 
 from mage_ds.engine import inference, painting, process
 from mage_ds.errors import UserError
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 from mage_ds.report import joined, manifest, pictures
 from mage_ds.report import movie as films
 from mage_ds.report.progress import counter

@@ -16,7 +16,7 @@ from mage_ds.engine import process, scored, scoring
 from mage_ds.engine.scoring import Job
 from mage_ds.errors import UserError
 from mage_ds.evaluation import fid
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 from mage_ds.report import passport, sweep_plot, sweep_table
 from mage_ds.report.progress import duration
 from mage_ds.report.sweep_table import Row

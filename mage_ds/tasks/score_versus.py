@@ -17,7 +17,7 @@ from mage_ds.errors import UserError
 from mage_ds.evaluation import figures, paired
 from mage_ds.evaluation.feature_set import FeatureSet
 from mage_ds.evaluation.moments import root_of
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 from mage_ds.report import passport
 from mage_ds.sampling.claims import Claims
 

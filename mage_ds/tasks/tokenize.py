@@ -17,7 +17,7 @@ from mage_ds.inputs import dali, token_cache
 from mage_ds.inputs.catalog import Catalog, open_catalog
 from mage_ds.inputs.quarantine import Quarantine
 from mage_ds.inputs.token_cache import Parts
-from mage_ds.recipes.schema import Augmentation, Inputs
+from mage_ds.recipes.sections import Augmentation, Inputs
 from mage_ds.report.progress import counter
 
 _PART = 512  # pictures, or a few more: what a killed process has to do again

@@ -10,7 +10,7 @@ from made_runs import BATCH, OFTEN, SPIKE, LeftOut, leaping, losses, opened
 from mage_ds.engine import checkpoint
 from mage_ds.engine.spikes import Rule
 from mage_ds.errors import UserError
-from mage_ds.recipes.schema import Spike
+from mage_ds.recipes.sections import Spike
 
 FULL = pytest.mark.full
 MODES = [

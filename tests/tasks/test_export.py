@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from mage_ds import cli, models, recipes
 from mage_ds.engine import retention, stored
 from mage_ds.errors import UserError
-from mage_ds.recipes.schema import Sampling
+from mage_ds.recipes.sections import Sampling
 from mage_ds.tasks import export as task
 
 TOKENIZER = "{channels: 32, multipliers: [1, 1, 1], blocks: 1, code_dim: 8, codes: 32}"
