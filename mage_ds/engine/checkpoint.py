@@ -1,10 +1,11 @@
 """Checkpoints: one layout for every world size, ZeRO stage and precision.
 
-RUN/checkpoints/step_000500/ holds safetensors files with, for each engine, by parameter name, the float32 weight
-and the optimizer's moments, and `meta.json`: counts, stream position, what the run is, and each file's size and
-SHA-256. Buffers stand with the weights; those that are no part of the model's state_dict, which only its training
-needs, in a file of their own. Nothing in it is a pickle. The ranks write files in turn into a hidden folder, which is
-read again, verified and published by one rename; until then the checkpoint before it is the newest.
+RUN/checkpoints/step_000500/ holds safetensors files with, for each engine, by parameter name, the float32 weight, the
+optimizer's moments and the average of the weights where one is kept, and `meta.json`: counts, stream position, what the
+run is, and each file's size and SHA-256. Buffers stand with the weights; those that are no part of the model's
+state_dict, which only its training needs, in a file of their own. Nothing in it is a pickle. The ranks write files in
+turn into a hidden folder, which is read again, verified and published by one rename; until then the checkpoint before
+it is the newest.
 """
 
 import hashlib
@@ -93,17 +94,27 @@ def read_tensors(folder: Path, meta: dict, prefix: str):
             raise UserError(f"{path}: {_damaged(folder, error)}") from None
 
 
-def load_weights(run: Path, engine: str, step: int | None = None, advance=None) -> tuple[dict[str, torch.Tensor], dict]:
+def load_weights(
+    run: Path, engine: str, step: int | None = None, advance=None, weights: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict]:
     """The verified float32 weights and buffers of one engine by name, and the checkpoint's meta.
 
-    Needs no DeepSpeed and no process group; of the checkpoint's files only the weights are read. advance: see `verify`.
+    weights: "ema", their average over the training, "raw", what the last update left, or None, the average where one
+    is kept. Needs no DeepSpeed and no process group; of the checkpoint's files only these are read. advance: see
+    `verify`. Raises UserError for an average that is not kept.
     """
     folder = find(run, step)
     meta = read_meta(folder)
     if engine not in meta["engines"]:
         raise UserError(f"{folder}: holds {', '.join(meta['engines'])}, not {engine}: is this the right run?")
-    verify(folder, meta, f"{engine}.weight.", advance=advance)
-    return dict(read_tensors(folder, meta, f"{engine}.weight.")), meta
+    averaged = any(name.startswith(f"{engine}.{state.EMA}.") for name in meta["files"])
+    if weights == "ema" and not averaged:
+        raise UserError(f"--weights ema: {folder} holds no average of the weights (optimizer.ema); leave it out")
+    found = {}
+    for kind in ("weight", state.EMA) if averaged and weights != "raw" else ("weight",):
+        verify(folder, meta, f"{engine}.{kind}.", advance=advance)
+        found |= dict(read_tensors(folder, meta, f"{engine}.{kind}."))
+    return found, meta
 
 
 def load(folder: Path, engines: dict, meta: dict | None = None) -> dict:
@@ -119,7 +130,7 @@ def load(folder: Path, engines: dict, meta: dict | None = None) -> dict:
             raise UserError(f"{folder}: holds no engine {name!r}, only {', '.join(meta['engines'])}")
         state.ensure_moments(engine)
         _load_kind(folder, meta, f"{name}.weight.", engine, None)
-        for key in state.MOMENTS:
+        for key in state.kinds(engine):
             _load_kind(folder, meta, f"{name}.{key}.", engine, key)
         _, beside = _buffers(engine)
         for key, value in read_tensors(folder, meta, f"{name}.buffer."):
@@ -182,7 +193,9 @@ def size_of(engines: dict) -> int:
     total = 0
     for engine in engines.values():
         shapes = [state.shape_of(parameter) for parameter in state.parameters(engine).values()]
-        total += 4 * (1 + len(state.MOMENTS)) * sum(shape.numel() for shape in shapes) + _HEADER_BYTES * len(shapes)
+        total += 4 * (1 + len(state.kinds(engine))) * sum(shape.numel() for shape in shapes) + _HEADER_BYTES * len(
+            shapes
+        )
         total += sum(buffer.nbytes for buffer in engine.module.buffers())
     return total
 
@@ -219,7 +232,7 @@ def save(run: Path, step: int, engines: dict, facts: dict, *, keep: int, keep_ev
         parameters = state.parameters(engine)
         meta["engines"][name] = {"updates": state.updates(engine), "parameters": len(parameters)}
         buffers, beside = _buffers(engine)
-        kinds = [("weight", None, parameters, buffers), *((key, key, parameters, {}) for key in state.MOMENTS)]
+        kinds = [("weight", None, parameters, buffers), *((key, key, parameters, {}) for key in state.kinds(engine))]
         for kind, key, *tensors in (*kinds, ("buffer", None, {}, beside)):
             error = _write_kind(aside, f"{name}.{kind}", engine, *tensors, key, written, seconds)
             failed = failed or error

@@ -96,7 +96,7 @@ def _drawn(points: torch.Tensor, far: torch.Tensor, wanted: int, seed: int, step
 def _write(engine, codes: torch.Tensor, rows: torch.Tensor) -> None:
     parameter = state.parameters(engine)[_CODEBOOK]
     state.ensure_moments(engine)
-    for key in (None, *state.MOMENTS):
+    for key in (None, *state.kinds(engine)):
         value = state.get_full(engine, parameter, key).clone()
-        value[codes.to(value.device)] = 0.0 if key else rows.to(value)
+        value[codes.to(value.device)] = rows.to(value) if key in (None, state.EMA) else 0.0
         state.set_full(engine, parameter, value, key)

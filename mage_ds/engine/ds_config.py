@@ -14,6 +14,7 @@ from mage_ds.errors import UserError
 from mage_ds.recipes.schema import Recipe
 
 DEFAULT = "zero1"
+_WHOLE = "zero0"
 
 _REFUSED = {
     "optimizer": "the optimizer's numbers stand in the recipe (optimizer.*): remove the block",
@@ -110,8 +111,25 @@ def _check_block(path: Path, key: str, value) -> None:
         raise UserError(f"{path}: {key}: unknown block{f'; did you mean {near[0]}?' if near else ''}")
 
 
-def choose_precision(asked: str, device) -> str:
-    """`bf16` or `float32` for `auto`: bf16 on a GPU and where the CPU multiplies it in hardware.
+def default(recipe: Recipe) -> str:
+    """The configuration of a training that names none: ZeRO 1; for LARS no sharding, see `check_norms`."""
+    return _WHOLE if recipe.optimizer.name == "lars" else DEFAULT
+
+
+def check_norms(path: Path, config: dict, recipe: Recipe, precision: str) -> None:
+    """LARS compares the norm of each tensor with that of its gradient, and ZeRO hands it flat shards of all tensors
+    together, of which the norms are others, silently. UserError where a configuration would do that."""
+    stage = config["zero_optimization"]["stage"]
+    if recipe.optimizer.name == "lars" and (stage or precision != "float32"):
+        what = f"zero_optimization.stage = {stage}" if stage else f"--precision {precision}"
+        raise UserError(
+            f"{path}: {what}: optimizer.name = lars needs whole tensors in float32, which is --deepspeed_config "
+            f"{_WHOLE} --precision float32 (leave both out, they are what it gets then)"
+        )
+
+
+def choose_precision(asked: str, device, recipe: Recipe | None = None) -> str:
+    """`bf16` or `float32` for `auto`: bf16 on a GPU and where the CPU multiplies it in hardware; float32 for LARS.
 
     Elsewhere a CPU emulates bf16, 7 to 100 times slower than float32.
     """
@@ -119,6 +137,8 @@ def choose_precision(asked: str, device) -> str:
 
     if asked != "auto":
         return asked
+    if recipe is not None and recipe.optimizer.name == "lars":
+        return "float32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from mage_ds import keyed
-from mage_ds.engine import optim, process, watch
+from mage_ds.engine import optim, process, state, watch
 from mage_ds.errors import Stopped, UserError
 
 
@@ -28,8 +28,8 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
     with `.waited`, seconds; step_fn(engines, batch, step) yields (engine name, loss, logs), once for each
     optimizer that takes part in this step: loss is the micro-batch's sum over samples / micro batch size, logs are
     scalar tensors, means over the micro-batch, of which the mean over the global batch is shown; lr: name -> function
-    of the step; after_step(engines, step): EMA and the like, returns more scalar tensors to show, alike on all ranks,
-    or None; evaluate(engines, step) -> figures; pictures(engines, step) -> a uint8 picture.
+    of the step; after_step(engines, step): returns more scalar tensors to show, alike on all ranks, or None;
+    evaluate(engines, step) -> figures; pictures(engines, step) -> a uint8 picture.
     Raises Stopped after a signal, once the last completed step is saved; UserError after too many steps without a
     finite gradient, and where the rule for spikes ends the run. It judges by the log named `loss`.
     """
@@ -43,6 +43,9 @@ def train(engines, batches, step_fn, lr, run, limits, after_step=None, evaluate=
                 optim.set_lr(engine, lr[name](step))
             outcomes = _train_step(engines, stream, step_fn, run, logs, steady=begun > 0)
             begun += 1
+            for name, norm in outcomes.items():
+                if norm is not None:
+                    state.follow(engines[name])
             if after_step:
                 logs.add_whole(after_step(engines, step) or {})
             in_a_row = in_a_row + 1 if None in outcomes.values() else 0

@@ -3,11 +3,17 @@
 DeepSpeed shards weights and moments into flat tensors; its per-parameter accessors join them again. What they
 leave to the caller stands here: states that do not exist before the first update, the link between a parameter
 and its moments, the low-precision copy beside the master, and float32 stage 0, which they do not serve.
+
+A moving average of the weights (EMA) is one more state of the optimizer, which the optimizer itself leaves alone: in
+float32, on its own shards, saved, loaded and sharded anew as the moments are.
 """
+
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"
 
 
 def parameters(engine) -> dict[str, torch.nn.Parameter]:
@@ -37,8 +43,20 @@ def flats(engine) -> list[torch.Tensor]:
     return list(parameters(engine).values())
 
 
+def kinds(engine) -> tuple[str, ...]:
+    """What is kept of every parameter beside its weight: the optimizer's moments, the average where there is one."""
+    moments = ("exp_avg", "exp_avg_sq") if isinstance(base_of(engine), torch.optim.AdamW) else ("momentum_buffer",)
+    return moments if ema_of(engine) is None else (*moments, EMA)
+
+
+def ema_of(engine) -> float | None:
+    """The averaging factor a step of the engine's second set of weights; None where it has none."""
+    return base_of(engine).param_groups[0].get("ema")
+
+
 def ensure_moments(engine) -> None:
-    """Create the moments where no update has happened yet, as the optimizer would, and link them to parameters.
+    """Create the moments where no update has happened yet, as the optimizer would, and link them to parameters. The
+    average begins as the weights are now.
 
     In stages 1 and 2 DeepSpeed links after the first group's update only: a second group's moments are then
     "not found", so the link is made anew.
@@ -48,16 +66,17 @@ def ensure_moments(engine) -> None:
         state = base.state[flat]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)  # where the fused kernel wants it
-        for key in MOMENTS:
+        for key in kinds(engine):
             if key not in state:
-                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+                start = flat.detach().clone if key == EMA else partial(torch.zeros_like, flat)
+                state[key] = start(memory_format=torch.preserve_format)
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def updates(engine) -> int:
-    """How many updates the optimizer has made (skipped steps are not counted)."""
+    """How many updates AdamW has made (skipped steps are not counted). LARS needs no such number, and says 0."""
     counts = {int(base_of(engine).state[flat]["step"]) for flat in flats(engine)}
     if len(counts) != 1:
         raise RuntimeError(f"the optimizer's shards disagree on the number of updates: {sorted(counts)}")
@@ -67,6 +86,46 @@ def updates(engine) -> int:
 def set_updates(engine, count: int) -> None:
     for flat in flats(engine):
         base_of(engine).state[flat]["step"].fill_(float(count))
+
+
+@torch.no_grad()
+def follow(engine) -> None:
+    """After an update: the average, where there is one, moves towards the weights. Each rank does its own share."""
+    if (decay := ema_of(engine)) is not None:
+        for flat in flats(engine):
+            base_of(engine).state[flat][EMA].lerp_(flat, 1 - decay)
+
+
+@contextmanager
+def averaged(engine):
+    """Within it the engine computes with the average of its weights, where there is one. All ranks call it; no update
+    may be made meanwhile, and afterwards everything is as before, to the bit."""
+    if ema_of(engine) is None:
+        yield
+        return
+    kept = {}
+    for name, parameter in parameters(engine).items():
+        if _plain(parameter):  # the master itself computes
+            kept[name] = parameter.detach().clone()
+        _show(parameter, get_full(engine, parameter, EMA))
+    try:
+        yield
+    finally:
+        for name, parameter in parameters(engine).items():
+            _show(parameter, kept[name] if _plain(parameter) else get_full(engine, parameter))
+
+
+@torch.no_grad()
+def _show(parameter, value: torch.Tensor) -> None:
+    """Write a full value into what computes, in its number format; a master beside it stays."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(value.reshape(parameter.shape))
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter], modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            parameter.data.copy_(value.reshape(shape_of(parameter)))
 
 
 @torch.no_grad()
@@ -94,7 +153,7 @@ def set_full(engine, parameter, value: torch.Tensor, key: str | None = None) -> 
 
         if key is None:
             safe_set_full_fp32_param(parameter, value)
-            parameter.data.copy_(value)  # the copy that computes; the master alone shows only after an update
+            _show(parameter, value)  # the master alone shows only after an update
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
@@ -106,7 +165,6 @@ def _plain(parameter) -> bool:
 
 def _set_sharded(parameter, value: torch.Tensor, key: str | None) -> None:
     """ZeRO 3: this rank's slice, padded as DeepSpeed pads (its own setter refuses sizes that do not divide)."""
-    from deepspeed import zero
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
@@ -115,8 +173,6 @@ def _set_sharded(parameter, value: torch.Tensor, key: str | None) -> None:
     mine = padded[size * rank : size * (rank + 1)]
     if key is None:
         safe_set_local_fp32_param(parameter, mine)
-        with zero.GatheredParameters([parameter], modifier_rank=0):
-            if rank == 0:
-                parameter.data.copy_(value)
+        _show(parameter, value)
     else:
         safe_set_local_optimizer_state(parameter, mine, key)

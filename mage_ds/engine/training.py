@@ -68,10 +68,10 @@ def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest
     batch that fits.
     """
     me = process.start()
-    path, config = ds_config.read(options.deepspeed_config)
+    path, config = ds_config.read(options.deepspeed_config or ds_config.default(recipe))
     if options.deepspeed_config is None:
         process.say(f"DeepSpeed configuration: {path.name} (choose another with --deepspeed_config)")
-    precision = ds_config.choose_precision(recipe.machine.precision, me.device)
+    precision = ds_config.choose_precision(recipe.machine.precision, me.device, recipe)
     process.say(f"precision {precision}, {me.world} ranks on {me.device.type} of {torch.get_num_threads()} threads")
     steps, warmup, note = recipes.schedule(recipe, dataset)
     if steps < 1:
@@ -85,6 +85,7 @@ def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest
     exact = _same_micro_batch(recipe, options.out, me.world)
     share = ds_config.share(exact, me.world, largest() if exact.machine.micro_batch == "auto" else 0)
     config = ds_config.in_force(path, config, share, clip=recipe.optimizer.clip, precision=precision)
+    ds_config.check_norms(path, config, recipe, precision)
     return Plan(recipe, options, precision, share, config, steps, warmup, dataset, facts, source)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mage_ds import keyed
-from mage_ds.engine import optim
+from mage_ds.engine import optim, state
 from mage_ds.models import initialize
 from mage_ds.models.transformer import Block
 from mage_ds.models.vqgan import ResidualBlock
@@ -60,9 +60,11 @@ def wrap(model: torch.nn.Module, recipe: Recipe, config: dict, device: torch.dev
         torch._inductor.config.fallback_random = True
         for block in blocks(model):
             block.compile()
-    optimizer = optim.adamw(model, recipe.optimizer, recipe.effective_lr())
+    optimizer = optim.build(model, recipe)
     with contextlib.redirect_stdout(io.StringIO()):  # a page of memory figures
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if recipe.optimizer.ema is not None:
+        state.ensure_moments(engine)  # the average begins with the initial weights
     return engine
 
 

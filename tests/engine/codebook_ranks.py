@@ -7,7 +7,7 @@ from pathlib import Path
 import tiny
 import torch
 
-from mage_ds.engine import codebook, process, state, wrap
+from mage_ds.engine import codebook, process, wrap
 from mage_ds.models import Vqgan
 
 MODES = [(0, "float32"), (1, "float32"), (2, "float32"), (1, "bf16"), (2, "bf16")]
@@ -73,12 +73,12 @@ def reseeded(stage: int, precision: str) -> dict:
     name = "quantize.embedding.weight"
     alive = [code for code in range(CODES) if code not in DEAD]
     rows = after[f"weight {name}"][DEAD]
-    moments = [after[f"{key} {name}"] for key in state.MOMENTS]
+    moments = [after[f"{key} {name}"] for key in ("exp_avg", "exp_avg_sq")]
     computes = engine.module.quantize.embedding.weight.detach().float()
     return {
         "count": count,
         "rows": rows.tolist(),
-        "moments before": [float(before[f"{key} {name}"].abs().sum()) for key in state.MOMENTS],
+        "moments before": [float(before[f"{key} {name}"].abs().sum()) for key in ("exp_avg", "exp_avg_sq")],
         "moments of dead": [float(moment[DEAD].abs().sum()) for moment in moments],
         "others kept": all(
             torch.equal(before[key][alive], after[key][alive]) if name in key else torch.equal(before[key], after[key])

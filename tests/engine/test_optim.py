@@ -144,3 +144,34 @@ def unclipped(numbers) -> float:
             group["lr"] = floor + (peak - floor) * (1 + math.cos(math.pi * step / 3)) / 2
         adam.step()
     return total
+
+
+# --- layer-wise decay of the learning rate (paper.md 4)
+
+
+def test_layer_decay_is_the_papers_and_timms():
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.optim import param_groups_layer_decay
+
+    model = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=12, depth=3, num_heads=2, num_classes=5, global_pool="avg"
+    )
+    groups = optim.parameter_groups(model, 0.05, 0.65)
+    ours = {name: group["lr_scale"] for group in groups for name in names_of(model, group)}
+    assert ours["patch_embed.proj.weight"] == ours["pos_embed"] == pytest.approx(0.65**4)
+    assert [ours[f"blocks.{n}.mlp.fc1.bias"] for n in range(3)] == pytest.approx([0.65**3, 0.65**2, 0.65])
+    assert ours["fc_norm.weight"] == ours["head.weight"] == 1.0
+    theirs = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.65)
+    for group in theirs:
+        for name in names_of(model, group):
+            assert ours[name] == pytest.approx(group["lr_scale"], rel=1e-12), name
+
+
+def test_layer_decay_reaches_the_learning_rates(me):
+    numbers = tiny.recipe("optimizer.layer_decay=0.5")
+    for stage in (1, 3):
+        engine = tiny.engine_of(numbers, stage)
+        optim.set_lr(engine, 0.8)
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        # Of 2 blocks: what is below them 0.5^3, the blocks 0.5^2 and 0.5, the norm behind them 1.
+        assert sorted({group["lr"] for group in inner.param_groups}) == pytest.approx([0.1, 0.2, 0.4, 0.8])
