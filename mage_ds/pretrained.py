@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mage_ds.engine import inference, stored
 from mage_ds.errors import UserError
 from mage_ds.inputs import convert
+from mage_ds.models import PixelViT
 from mage_ds.sampling import decode, regions, settings
 from mage_ds.sampling.tiles import tiles
 
@@ -35,13 +36,16 @@ _DRAWN = 16  # generated pictures whose pixels are made at once: at 256 px each 
 _BAR_AFTER_S = 4
 
 
-def from_pretrained(path, tokenizer=None, *, device=None, dtype=None, step: int | None = None) -> "Pretrained":
+def from_pretrained(
+    path, tokenizer=None, *, device=None, dtype=None, step: int | None = None, weights: str | None = None
+) -> "Pretrained":
     """Opens a trained model for use: frozen, in eval mode.
 
-    Args: path: a run folder, an export, or a file of the authors' layouts (pre-trained, fine-tuned, tokenizer alone);
-    tokenizer: another tokenizer than the one that belongs to it, or one where it has none; device: by default the GPU
-    where there is one; dtype: of the networks, a torch.dtype or its name, by default float32 (the nearest code is
-    always found in float64, results are float32 or float64); step: a run's checkpoint, by default the newest.
+    Args: path: a run folder, an export, a file of the authors' layouts (pre-trained, fine-tuned, tokenizer alone), or
+    one of MAE's; tokenizer: another tokenizer than the one that belongs to it, or one where it has none; device: by
+    default the GPU where there is one; dtype: of the networks, a torch.dtype or its name, by default float32 (the
+    nearest code is always found in float64, results are float32 or float64); step: a run's checkpoint (the newest);
+    weights: of a run that keeps an average of them, "ema" (the default) or "raw".
     Raises: UserError, one line, for what cannot be opened, and for a device or dtype that is not there.
 
         model = mage_ds.from_pretrained("RUN", device="cuda", dtype="bfloat16")
@@ -51,17 +55,17 @@ def from_pretrained(path, tokenizer=None, *, device=None, dtype=None, step: int 
             raise UserError(f"{name} {convert.brief(given)}: must be a str or a Path")
     step = None if step is None else convert.whole("step", step, 0)
     device, dtype = _device(device), _dtype(dtype)
-    return Pretrained(stored.open_model(path, tokenizer, step), str(path), device, dtype)
+    return Pretrained(stored.open_model(path, tokenizer, step, weights), str(path), device, dtype)
 
 
 class Pretrained:
     """What `from_pretrained` opened. Every method raises UserError, one line, for what this model cannot do.
 
-    kind: "mage", "tokenizer" or "classifier"; path, origin: what was opened, and what it is; image_size: pixels of a
-    side of the pictures that it was trained on; factor: pixels of a side of one token; device, dtype: where and in
-    what it computes; sampling: its own of a recipe's `sampling`; classes: names of its labels, label_dropout: share of
-    the pictures that it learned without one, both where known; tile: pictures of this size computed together by
-    default; mage, tokenizer, classifier: torch modules, None where missing.
+    kind: "mage", "tokenizer", "classifier" or "encoder"; path, origin: what was opened, and what it is; image_size:
+    pixels of a side of the pictures that it was trained on; factor: pixels of a side of one token; device, dtype: where
+    and in what it computes; sampling: its own of a recipe's `sampling`; classes: names of its labels, label_dropout:
+    share of the pictures that it learned without one, both where known; tile: pictures of this size computed together
+    by default; mage, tokenizer, classifier, encoder: torch modules, None where missing.
     """
 
     def __init__(self, opened: stored.Stored, path: str, device: torch.device, dtype: torch.dtype):
@@ -69,10 +73,15 @@ class Pretrained:
         self.kind, self.path, self.origin, self.image_size = opened.kind, path, opened.origin, opened.image_size
         self.device, self.dtype, self.sampling, self.classes = device, dtype, opened.sampling, opened.classes
         self.label_dropout = opened.label_dropout
-        self.mage, self.classifier, self.tokenizer = opened.mage, opened.classifier, opened.tokenizer
+        self.mage, self.classifier, self.encoder = opened.mage, opened.classifier, opened.encoder
+        self.tokenizer = opened.tokenizer
+        seen = self.classifier or self.encoder
+        self._pixels = isinstance(seen, PixelViT)  # instead of tokens
+        if self._pixels:
+            self.factor = seen.patch_embed.patch_size[0]
         self._exact = torch.promote_types(dtype, torch.float32)
         self.tile = self._batch(None, self.image_size**2)
-        for module in (self.mage, self.classifier):
+        for module in (self.mage, self.classifier, self.encoder):
             if module is not None:
                 module.to(device, dtype)
         if self.tokenizer is not None:
@@ -145,12 +154,12 @@ class Pretrained:
         """Representation of whole pictures: float (B, width) (paper section 4).
 
         Of a MAGE: the mean of the encoder's last block over the tokens, then a LayerNorm without affine; of a
-        fine-tuned classifier: its own `fc_norm` in that LayerNorm's place.
+        fine-tuned classifier or a ViT over pixels: its own `fc_norm` in that LayerNorm's place.
         Args: images: as `tokenize`, of image_size x image_size pixels.
 
             vectors = model.features(images).cpu().numpy()
         """
-        model = self.require("mage", "features") if self.classifier is None else self.classifier
+        model = self.classifier or self.encoder or self.require("mage", "features")
         return self._of_pictures(model.features, images, batch, "features")
 
     @torch.no_grad()
@@ -277,10 +286,12 @@ class Pretrained:
         return torch.from_numpy(np.stack(shares)).to(self.device, self._exact)
 
     def _of_pictures(self, model, images, batch, what: str) -> Tensor:
-        self.require("tokenizer", what)
+        if not self._pixels:
+            self.require("tokenizer", what)
+        see = (lambda tile: tile.to(self.device, self.dtype)) if self._pixels else self._encode
         count, stream = convert.pictures(images)
         with _bar(count, "picture") as bar:
-            vectors = [model(self._encode(tile))[:n] for tile, n in self._tiles(stream, batch, bar, what)]
+            vectors = [model(see(tile))[:n] for tile, n in self._tiles(stream, batch, bar, what)]
         return torch.cat(vectors).to(self._exact)
 
     def _tiles(self, stream: Iterator[Tensor], batch, bar, what: str | None = None) -> Iterator[tuple[Tensor, int]]:

@@ -1,7 +1,6 @@
-"""Trained models out of run folders, exports and official files, without DeepSpeed: for sampling, evaluation, export
-and as frozen parts."""
+"""Trained models out of run folders, exports and other people's files, without DeepSpeed: for sampling, evaluation,
+export and as frozen parts."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -11,53 +10,61 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mage_ds.engine import checkpoint, run_folder
+from mage_ds.engine import run_folder, run_parts
 from mage_ds.errors import UserError
-from mage_ds.interop import exported, official, safe
-from mage_ds.interop.parts import MODELS, Parts, brief, check, encoder_of, expected
-from mage_ds.models import Classifier, Encoder, Mage, Vqgan
+from mage_ds.interop import exported, official, safe, vit
+from mage_ds.interop.parts import MODELS, Parts, brief, encoder_of, weights_hash
+from mage_ds.models import Classifier, Encoder, Mage, PixelViT, Vqgan
 from mage_ds.recipes.schema import Recipe
 
 _SHARED = ("image_size", "sampling", "unused", "origin")  # fields of Stored and Parts
-_KINDS = {"pretrain": "mage", "tokenizer": "tokenizer"}  # of a run's task: what its model is called
 
 
 @dataclass(frozen=True)
 class Stored:
     """An opened model: float32, eval mode, on the CPU, without gradients.
 
-    kind: "mage", "tokenizer" or "classifier"; the model of that name, and the tokenizer where one came along;
-    image_size: pixels of a side; sampling: the fields of a recipe's section, empty but for a mage; classes: names of
-    the first of its labels, where they are known; label_dropout: of a model with classes the share of the samples that
-    it was trained on without their label, None where that is not known: at 0 it predicts nothing of use without one;
-    unused: tensors of a foreign file that nothing here uses; origin: one line, what it is and where from.
+    kind: "mage", "tokenizer", "classifier" or "encoder"; the model of that name, and the tokenizer where one came
+    along: classifiers and encoders see its tokens, or pixels (PixelViT); image_size: pixels of a side; sampling: the
+    fields of a recipe's section, empty but for a mage; classes: names of the first of its labels, where they are known;
+    label_dropout: of a mage with classes the share of the samples that it was trained on without their label, None
+    where that is not known: at 0 it predicts nothing of use without one; weights: of a run that keeps an average of its
+    weights, which were opened, "ema" or "raw"; else None; unused: tensors of a foreign file that nothing here uses;
+    origin: one line, what it is and where from.
     """
 
     kind: str
     mage: Mage | None
-    classifier: Classifier | None
+    classifier: Classifier | PixelViT | None
+    encoder: Encoder | PixelViT | None
     tokenizer: Vqgan | None
     image_size: int
     sampling: dict
     classes: list[str]
     label_dropout: float | None
+    weights: str | None
     unused: dict[str, Tensor]
     origin: str
 
 
-def open_model(path: Path, tokenizer: Path | None = None, step: int | None = None) -> Stored:
-    """Opens a run folder, an export, or a file of the authors' layouts (pre-training, fine-tuned, tokenizer alone).
+def open_model(
+    path: Path, tokenizer: Path | None = None, step: int | None = None, weights: str | None = None
+) -> Stored:
+    """Opens a run folder, an export, a file of the authors' layouts (pre-training, fine-tuned, tokenizer alone) or of
+    MAE's, or what `open_parts` takes besides.
 
-    Args: tokenizer: another tokenizer than the one that belongs to it; step: a run's checkpoint (the newest).
+    Args: tokenizer: another tokenizer than the one that belongs to it; step, weights: of a run: see `open_parts`.
     Raises: UserError, one line, for what cannot be opened or does not fit.
     """
-    parts = open_parts(Path(path), step)
-    if parts.kind == "encoder":
-        raise UserError(f"{path}: is an encoder alone, which `train --init` takes; open the run that it lies in")
-    built = {parts.kind: build(parts)}
+    parts = open_parts(path, step, weights=weights)
+    kind = parts.kind
+    if kind == "pixel_vit":
+        kind = "encoder" if parts.model.get("classes") is None else "classifier"
+    built = {kind: build(parts)}
     if tokenizer is not None:
-        if parts.kind == "tokenizer":
-            raise UserError(f"{path}: is a tokenizer itself; leave out the tokenizer {tokenizer}")
+        if "tokens" not in parts.model:
+            why = "is a tokenizer itself" if kind == "tokenizer" else "sees pixels, not tokens"
+            raise UserError(f"{path}: {why}; leave out the tokenizer {tokenizer}")
         built["tokenizer"], info = load_tokenizer(Path(tokenizer))
         if parts.foreign and parts.tokenizer is None:  # nothing in the file says how large its pictures are
             parts = replace(parts, image_size=math.isqrt(parts.model["tokens"]) * built["tokenizer"].factor)
@@ -70,10 +77,10 @@ def open_model(path: Path, tokenizer: Path | None = None, step: int | None = Non
             )
     elif parts.tokenizer is not None:
         built["tokenizer"] = build(parts.tokenizer)
-    models = {kind: built.get(kind) for kind in ("mage", "classifier", "tokenizer")}
+    models = {each: built.get(each) for each in ("mage", "classifier", "encoder", "tokenizer")}
     classes = [safe.printable(name) for name in parts.facts.get("classes", [])]
-    beside = {name: getattr(parts, name) for name in _SHARED}
-    return Stored(parts.kind, **models, classes=classes, label_dropout=_label_dropout(parts), **beside)
+    beside = {name: getattr(parts, name) for name in _SHARED} | {"weights": parts.facts.get("weights")}
+    return Stored(kind, **models, classes=classes, label_dropout=_label_dropout(parts), **beside)
 
 
 def _label_dropout(parts: Parts) -> float | None:
@@ -83,17 +90,32 @@ def _label_dropout(parts: Parts) -> float | None:
     return float(share) if type(share) in (int, float) and 0 <= share < 1 else None
 
 
-def open_parts(path: Path, step: int | None = None, advance: Callable[[int], object] | None = None) -> Parts:
+def open_parts(
+    path: Path,
+    step: int | None = None,
+    advance: Callable[[int], object] | None = None,
+    weights: str | None = None,
+) -> Parts:
     """The tables of whatever `open_model` opens, memory-mapped; a run's checkpoint has been verified.
 
-    advance(bytes) is called while a checkpoint is verified.
+    Args: path: also `mae:FILE`, which must be of one of MAE's layouts, and `timm:NAME` or `timm:NAME:FILE`, a plain ViT
+    of timm, with weights from its cache or from a file; step: a run's checkpoint, by default the newest;
+    advance(bytes) is called while it is verified; weights: of a run, "ema", their average over the training, or "raw",
+    what its last update left; None: the average where one is kept.
     """
+    path = Path(path)
+    if weights not in (None, "ema", "raw"):
+        raise UserError(f"--weights {weights}: must be ema or raw")
     if (path / "recipe.yaml").is_file():
-        return _parts_of_run(path, step, advance)
-    if step is not None:
-        raise UserError(f"--checkpoint {step}: {path} is no run folder, it has one state only; leave the step out")
+        return run_parts.read(path, step, advance, weights)
+    for option, value in (("checkpoint", step), ("weights", weights)):
+        if value is not None:
+            raise UserError(f"--{option} {value}: {path} is no run folder, it has one state only; leave it out")
     if (path / "config.json").is_file():
         return exported.read(path)
+    kind, _, rest = str(path).partition(":")
+    if kind in ("mae", "timm") and rest and not path.exists():
+        return _foreign_vit(kind, rest)
     if path.is_dir():
         files = [each.name for pattern in ("*.pth", "*.ckpt") for each in sorted(path.glob(pattern))]
         hint = f"give its file {path / files[0]}" if files else "train a run with `mage-ds train`, or export one"
@@ -103,61 +125,17 @@ def open_parts(path: Path, step: int | None = None, advance: Callable[[int], obj
     return official.read(path)
 
 
-def _parts_of_run(path: Path, step: int | None, advance) -> Parts:
-    recipe = run_folder.load_recipe(path)
-    if recipe.task not in _KINDS:
-        raise UserError(f"{path}: is a run of task {recipe.task}, which makes no model to hand on")
-    kind, model = _KINDS[recipe.task], recipe.model.model_dump()
-    engine = "decoder" if model.get("classes") else kind
-    weights, meta = checkpoint.load_weights(path, engine, step, advance)
-    if engine == "decoder":
-        weights |= _frozen_of_run(path, "encoder", meta.get("encoder")).weights
-    shapes = expected(kind, model, path)
-    check(weights, shapes, weights.keys() - shapes.keys(), path)
-    # Checkpoints of runs that were begun without that entry are opened as they are.
-    tokenizer = _frozen_of_run(path, "tokenizer", meta.get("tokenizer")) if kind == "mage" else None
-    facts = {"description": recipe.description, "step": meta["step"], "recipe": recipe.model_dump()}
-    facts |= {name: meta[name] for name in ("data", "tokenizer", "encoder", "classes") if meta.get(name)}
-    return Parts(
-        kind,
-        model,
-        weights,
-        recipe.inputs.image_size,
-        origin=f"run {path.resolve().name}, step {meta['step']:,}",
-        tokenizer=tokenizer,
-        sampling=recipe.sampling.model_dump() if kind == "mage" else {},
-        facts=facts | {"figures": figures(path, meta["step"])},
-    )
+def _foreign_vit(kind: str, rest: str) -> Parts:
+    """mae:FILE, timm:NAME or timm:NAME:FILE."""
+    if kind == "mae":
+        if Path(rest).is_dir():
+            raise UserError(f"mae:{rest}: is a folder; give a file of MAE's, such as mae_pretrain_vit_base.pth")
+        return vit.read(Path(rest))
+    name, _, file = rest.partition(":")
+    return vit.of_timm(name, Path(file) if file else None)
 
 
-def _frozen_of_run(path: Path, name: str, expected_hash: str | None = None) -> Parts:
-    """A run's copy of a frozen model. UserError where it is missing, or not the one that the run was trained with."""
-    if not (path / name / "config.json").is_file():
-        raise UserError(f"{path}/{name}: is missing; copy the whole run folder")
-    parts = exported.read(path / name)
-    if expected_hash is not None and weights_hash(parts.weights) != expected_hash:
-        raise UserError(f"{path}/{name}: is not the one that this run was trained with; copy the whole run folder")
-    return parts
-
-
-def figures(run: Path, step: int) -> dict[str, float]:
-    """The last held-out figures that a run logged at or before `step`: empty where there are none."""
-    last = {}
-    try:
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut off by a kill
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
-                found = {key: v for key, v in record.items() if key.startswith("val") and isinstance(v, int | float)}
-                last = found or last
-    except OSError:
-        pass
-    return last
-
-
-def build(parts: Parts) -> Mage | Encoder | Vqgan | Classifier:
+def build(parts: Parts) -> Mage | Encoder | Vqgan | Classifier | PixelViT:
     """The model of these tables: float32, eval mode, CPU, without gradients. UserError for weights that are no numbers,
     of which everything that comes out is none."""
     with torch.device("meta"):
@@ -218,32 +196,31 @@ def load_tokenizer(path: Path, step: int | None = None) -> tuple[Vqgan, dict]:
     return model, info
 
 
-def load_encoder(path: Path) -> tuple[Encoder, dict]:
-    """The frozen encoder (float32, eval mode, CPU) of a MAGE, whatever `open_model` opens, or of an encoder's folder.
+def load_encoder(path: Path, image_size: int | None = None) -> tuple[Encoder | PixelViT, dict]:
+    """The encoder (float32, eval mode, CPU, without gradients) of whatever `open_parts` opens but tokenizers: of a
+    MAGE, an encoder's folder, a ViT over pixels, or a classifier, whose blocks it then is. That of a probe's run is the
+    one that it was made on.
 
-    Returns it and {"model": its numbers, "image_size": pixels, "hash": digest of its weights, "tokenizer": the hash of
-    the tokenizer that came along with it, or None}.
+    Args: image_size: of the pictures that a ViT over pixels is to see; None: those that it was trained on.
+    Returns it and {"kind": "encoder" or "pixel_vit", "model": its numbers, "image_size": pixels, "hash": digest of its
+    weights, "tokenizer": the hash of the tokenizer that came along with it, or None, "of": the kind of what it was
+    taken from}.
     """
-    parts = open_parts(Path(path))
-    if parts.kind not in ("mage", "encoder"):
-        raise UserError(f"{path}: is a {parts.kind}, a pre-trained MAGE is needed; give its run folder, export or file")
-    beside = parts.tokenizer and weights_hash(parts.tokenizer.weights)
+    path = Path(path)
+    parts = (run_parts.encoder(path) if (path / "recipe.yaml").is_file() else None) or open_parts(path)
+    if parts.kind == "tokenizer":
+        raise UserError(f"{path}: is a tokenizer, an encoder is needed; give the run folder, export or file of a MAGE")
+    of, beside = parts.kind, parts.tokenizer and weights_hash(parts.tokenizer.weights)
     parts = encoder_of(parts)
+    if image_size is not None and parts.kind == "pixel_vit":
+        parts = vit.resized(parts, image_size)
     model = build(parts)
-    info = {"model": parts.model, "image_size": parts.image_size, "hash": weights_hash(model.state_dict())}
-    return model, info | {"tokenizer": beside}
+    info = {"kind": parts.kind, "model": parts.model, "image_size": parts.image_size}
+    return model, info | {"hash": weights_hash(model.state_dict()), "tokenizer": beside, "of": of}
 
 
-def save_encoder(folder: Path, model: Encoder, numbers: dict, image_size: int) -> None:
+def save_encoder(folder: Path, model: Encoder | PixelViT, numbers: dict, image_size: int) -> None:
     """As `save_tokenizer`."""
     folder.mkdir(parents=True)
-    exported.write(folder, Parts("encoder", numbers, model.state_dict(), image_size, origin=""))
-
-
-def weights_hash(weights: dict) -> str:
-    """SHA-256 over names and float32 values, independent of file layout."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    kind = "pixel_vit" if isinstance(model, PixelViT) else "encoder"
+    exported.write(folder, Parts(kind, numbers, model.state_dict(), image_size, origin=""))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mage_ds.errors import UserError
 from mage_ds.interop import safe
-from mage_ds.interop.parts import Parts, brief, check, check_size, expected
+from mage_ds.interop.parts import MODELS, Parts, brief, check, check_size, expected
 from mage_ds.recipes.sections import Sampling
 
 FORMAT = 1
@@ -23,10 +23,16 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _WORDS = {"float32": "F32", "bf16": "BF16"}
 _EXACT = "quantize."  # the nearest code is found exactly: a codebook in bf16 would be another codebook
 # A tokenizer's folder says "vqgan", as those in run folders do.
-_KIND_OUT = {"mage": "mage", "classifier": "classifier", "tokenizer": "vqgan", "encoder": "encoder"}
+_KIND_OUT = {kind: kind for kind in MODELS} | {"tokenizer": "vqgan"}
 _LARGEST = 2**14  # pixels of a side
-_STRINGS = ("description", "licence", "data", "tokenizer", "encoder")  # among the facts
-_TITLE = {"mage": "MAGE", "classifier": "MAGE encoder, fine-tuned as a classifier", "tokenizer": "VQGAN tokenizer"}
+_STRINGS = ("description", "licence", "data", "tokenizer", "encoder", "weights")  # among the facts
+_TITLE = {
+    "mage": "MAGE",
+    "classifier": "MAGE encoder, fine-tuned as a classifier",
+    "tokenizer": "VQGAN tokenizer",
+    "encoder": "encoder over tokens",
+    "pixel_vit": "ViT over pixels",
+}
 _KIND_IN = {word: kind for kind, word in _KIND_OUT.items()}
 
 
@@ -128,7 +134,8 @@ def write_card(folder: Path, parts: Parts, files: str, use: str) -> None:
     side = parts.image_size
     lines += [f"{_TITLE[parts.kind]}: {count:,} parameters, for pictures of {side} x {side} pixels."]
     lines += ["", "```python", "import mage_ds", "", use, "```", "", f"Files: {files}.", "", "| | |", "|---|---|"]
-    rows = {"origin": parts.origin, "steps of training": facts.get("step"), "data (fingerprint)": facts.get("data")}
+    rows = {"origin": parts.origin, "steps of training": facts.get("step"), "weights": facts.get("weights")}
+    rows |= {"data (fingerprint)": facts.get("data")}
     rows |= {"tokenizer (hash)": facts.get("tokenizer"), "frozen encoder (hash)": facts.get("encoder")}
     rows |= {"classes": parts.model.get("classes"), **facts.get("figures", {})}
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items() if value is not None]
@@ -188,8 +195,12 @@ def read(folder: Path) -> Parts:
         foreign=config.get("foreign") is True,
         facts=config.get("facts", {}),
     )
-    if kind in ("mage", "classifier"):
+    if kind in ("mage", "classifier") or tokenizer:  # an encoder alone may lie beside its tokenizer, in a run
         check_size(parts, folder)
+    elif kind == "pixel_vit":
+        patch = model["patch"]
+        if model["image_size"] != parts.image_size or type(patch) is not int or parts.image_size % patch:
+            raise UserError(f"{folder}: damaged: its patches do not fit {parts.image_size} px; copy it again")
     elif kind == "tokenizer" and parts.image_size % 2 ** (len(model["multipliers"]) - 1):
         raise UserError(f"{folder}: damaged: its tokens do not divide pictures of {parts.image_size} px; copy it again")
     return parts

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from mage_ds.errors import UserError
-from mage_ds.interop import safe
-from mage_ds.interop.parts import PATCH, Parts, brief, check, check_size, expected
+from mage_ds.interop import foreign, safe, vit
+from mage_ds.interop.parts import CODES, PATCH, WORDS, Parts, brief, check_size
 from mage_ds.recipes.sections import Sampling
 
-_CODES, _WORDS, _CLASS, _MASK = 1024, 2025, 1100, 2024
+_CLASS, _MASK = 1100, 2024
 _HEAD_WIDTH, _DECODER_HEADS, _GRID = 64, 16, 16
 _SAMPLING = Sampling(steps=20, temperature=6.0)
 _TOKENIZER = "vqgan."
@@ -31,89 +31,76 @@ _IDLE = ("token_emb.position_ids",)
 
 
 def read(path: Path) -> Parts:
-    """The model in a file of the authors' layouts: pre-training, fine-tuned, or a tokenizer alone.
+    """The model in a file of the authors' layouts: pre-training, fine-tuned, or a tokenizer alone; or of MAE's (`vit`).
 
     Tensors that nothing here uses come along as `unused`. Raises UserError, one line, for a file that cannot be read
     safely, whose layout is none of these, or whose tensors do not fit: they are named.
     """
     path = Path(path)
     file = safe.read(path)
-    table = _table(file, path)
-    settings = file.get("mage_ds") if isinstance(file.get("mage_ds"), Mapping) else {}
+    table, settings = foreign.table(file, path), foreign.settings_of(file)
     inside = {name.removeprefix(_TOKENIZER): value for name, value in table.items() if name.startswith(_TOKENIZER)}
     body = {name: value for name, value in table.items() if not name.startswith(_TOKENIZER)}
-    if _has(body, "token_emb."):
-        tokenizer = _tokenizer(inside, settings, path, _TOKENIZER) if _has(inside, "encoder.") else None
-        return (_mage if _has(body, "mlm_layer.") else _classifier)(body, tokenizer, settings, path)
+    if foreign.has(body, "token_emb."):
+        tokenizer = _tokenizer(inside, settings, path, _TOKENIZER) if foreign.has(inside, "encoder.") else None
+        return (_mage if foreign.has(body, "mlm_layer.") else _classifier)(body, tokenizer, settings, path)
     for values, prefix in ((inside, _TOKENIZER), (body, "")):
-        if _has(values, "encoder.down.") or _has(values, "quantize."):
+        if foreign.has(values, "encoder.down.") or foreign.has(values, "quantize."):
             beside = body if prefix else {_TOKENIZER + name: value for name, value in inside.items()}
             return _tokenizer(values, settings, path, prefix, beside)
+    if vit.is_one(table):
+        return vit.of_table(table, settings, path)
     raise UserError(
         f"{path}: is in none of the authors' layouts; it holds {len(table)} tensors: {brief(table)}; "
-        "a MAGE has token_emb.*, a tokenizer encoder.down.*"
+        "a MAGE has token_emb.*, a tokenizer encoder.down.*, a plain ViT, as MAE's, patch_embed.proj.* and pos_embed"
     )
-
-
-def _table(file: dict, path: Path) -> dict[str, Tensor]:
-    for key in ("model", "state_dict"):
-        if isinstance(file.get(key), Mapping):
-            return safe.tensors(file[key], path)
-    flat = {name: value for name, value in file.items() if isinstance(value, Tensor)}
-    if not flat:
-        raise UserError(f"{path}: has neither `model` nor `state_dict` nor tensors, only {brief(map(str, file))}")
-    return safe.tensors(flat, path)
-
-
-def _has(table: dict, prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in table)
 
 
 def _mage(body: dict, tokenizer: Parts | None, settings: Mapping, path: Path) -> Parts:
     model = _encoder(body, settings, path)
-    width = _shape(body, "decoder_embed.weight", 2, path)[0]
-    heads = _setting(settings, "decoder_heads", _DECODER_HEADS, path)
-    model["decoder"] = {"depth": _count(body, "decoder_blocks"), "width": width, "heads": heads}
-    model["codes"] = _setting(settings, "codes", _CODES, path)
+    width = foreign.shape(body, "decoder_embed.weight", 2, path)[0]
+    heads = foreign.setting(settings, "decoder_heads", _DECODER_HEADS, path)
+    model["decoder"] = {"depth": foreign.count(body, "decoder_blocks"), "width": width, "heads": heads}
+    model["codes"] = foreign.setting(settings, "codes", CODES, path)
     model |= {"dropout": 0.1, "padding": "mask" if settings.get("padding") == "mask" else "cls"}
-    if model["vocabulary"] != _WORDS and "codes" not in settings:
+    if model["vocabulary"] != WORDS and "codes" not in settings:
         raise UserError(
-            f"{path}: has {model['vocabulary']} words, the authors' files have {_WORDS}: 1024 codes, 1000 classes, "
+            f"{path}: has {model['vocabulary']} words, the authors' files have {WORDS}: 1024 codes, 1000 classes, "
             "the mask; which of them are codes cannot be told"
         )
     if tokenizer and tokenizer.model["codes"] != model["codes"]:
         raise UserError(f"{path}: its tokenizer has {tokenizer.model['codes']} codes, its MAGE {model['codes']}")
-    words = f"pre-training layout, encoder {_say(model['encoder'])}, decoder {_say(model['decoder'])}"
+    words = f"pre-training layout, encoder {foreign.say(model['encoder'])}, decoder {foreign.say(model['decoder'])}"
     return _finished("mage", model, body, tokenizer, settings, words, path)
 
 
 def _classifier(body: dict, tokenizer: Parts | None, settings: Mapping, path: Path) -> Parts:
     model = _encoder(body, settings, path)
-    model["class_id"] = _setting(settings, "class_id", _CLASS, path)
+    model["class_id"] = foreign.setting(settings, "class_id", _CLASS, path)
     if model["class_id"] >= model["vocabulary"]:
         raise UserError(f"{path}: has {model['vocabulary']} words, the fake class is word {model['class_id']}")
-    model |= {"classes": _shape(body, "head.weight", 2, path)[0], "dropout": 0.1}
-    words = f"fine-tuned layout, encoder {_say(model['encoder'])}, {model['classes']} classes"
+    model |= {"classes": foreign.shape(body, "head.weight", 2, path)[0], "dropout": 0.1}
+    words = f"fine-tuned layout, encoder {foreign.say(model['encoder'])}, {model['classes']} classes"
     return _finished("classifier", model, body, tokenizer, settings, words, path)
 
 
 def _encoder(body: dict, settings: Mapping, path: Path) -> dict:
-    vocabulary, width = _shape(body, "token_emb.word_embeddings.weight", 2, path)
-    tokens = _shape(body, "token_emb.position_embeddings.weight", 2, path)[0] - 1
+    vocabulary, width = foreign.shape(body, "token_emb.word_embeddings.weight", 2, path)
+    tokens = foreign.shape(body, "token_emb.position_embeddings.weight", 2, path)[0] - 1
     if width % _HEAD_WIDTH and "encoder_heads" not in settings:
         raise UserError(f"{path}: its width of {width} is no whole number of {_HEAD_WIDTH}-wide heads")
-    heads = _setting(settings, "encoder_heads", width // _HEAD_WIDTH, path)
-    encoder = {"depth": _count(body, "blocks"), "width": width, "heads": heads}
+    heads = foreign.setting(settings, "encoder_heads", width // _HEAD_WIDTH, path)
+    encoder = {"depth": foreign.count(body, "blocks"), "width": width, "heads": heads}
     return {"encoder": encoder, "tokens": tokens, "vocabulary": vocabulary}
 
 
 def _finished(kind: str, model: dict, body: dict, tokenizer: Parts | None, settings, words: str, path: Path) -> Parts:
-    weights, unused = _fit(kind, model, body, path)
+    weights, unused = foreign.fit(kind, model, body, path, idle=_IDLE)
     side = math.isqrt(model["tokens"])
     if side * side != model["tokens"]:
         raise UserError(f"{path}: {model['tokens']} tokens are no square of positions")
     factor = 2 ** (len(tokenizer.model["multipliers"]) - 1) if tokenizer else PATCH
-    size = _setting(settings, "image_size", side * factor, path)
+    size = foreign.setting(settings, "image_size", side * factor, path)
     if tokenizer:
         unused |= tokenizer.unused
         tokenizer = replace(tokenizer, unused={}, image_size=size)
@@ -122,7 +109,7 @@ def _finished(kind: str, model: dict, body: dict, tokenizer: Parts | None, setti
         model,
         weights,
         image_size=size,
-        origin=f"{path.name}: {words}; {_say_unused(unused)}",
+        origin=f"{path.name}: {words}; {foreign.say_unused(unused)}",
         tokenizer=tokenizer,
         sampling=_SAMPLING.model_dump() if kind == "mage" else {},
         unused=unused,
@@ -133,70 +120,24 @@ def _finished(kind: str, model: dict, body: dict, tokenizer: Parts | None, setti
 
 
 def _tokenizer(values: dict, settings: Mapping, path: Path, prefix: str, beside: dict | None = None) -> Parts:
-    channels = _shape(values, "encoder.conv_in.weight", 4, path)[0]
-    firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(_count(values, "encoder.down"))]
-    widths = [_shape(values, name, 4, path)[0] for name in firsts]
-    codes, code_dim = _shape(values, "quantize.embedding.weight", 2, path)
+    channels = foreign.shape(values, "encoder.conv_in.weight", 4, path)[0]
+    firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(foreign.count(values, "encoder.down"))]
+    widths = [foreign.shape(values, name, 4, path)[0] for name in firsts]
+    codes, code_dim = foreign.shape(values, "quantize.embedding.weight", 2, path)
     if not channels or not widths or any(width % channels for width in widths):
         raise UserError(f"{path}: its tokenizer's levels are {widths} wide, no multiples of {channels}")
     model = {
         "channels": channels,
         "multipliers": [width // channels for width in widths],
-        "blocks": _count(values, "encoder.down.0.block"),
+        "blocks": foreign.count(values, "encoder.down.0.block"),
         "code_dim": code_dim,
         "codes": codes,
     }
-    weights, rest = _fit("tokenizer", model, values, path, prefix)
+    weights, rest = foreign.fit("tokenizer", model, values, path, prefix)
     unused = {prefix + name: value for name, value in rest.items()} | (beside or {})
-    size = _setting(settings, "image_size", _GRID * 2 ** (len(widths) - 1), path)
-    origin = f"{path.name}: tokenizer alone, {codes} codes; {_say_unused(unused)}"
+    size = foreign.setting(settings, "image_size", _GRID * 2 ** (len(widths) - 1), path)
+    origin = f"{path.name}: tokenizer alone, {codes} codes; {foreign.say_unused(unused)}"
     return Parts("tokenizer", model, weights, size, origin, unused=unused, foreign=True)
-
-
-def _fit(kind: str, model: dict, table: dict, path: Path, prefix: str = "") -> tuple[dict, dict]:
-    """(the model's weights, the rest); what is beside the model's own modules is of no effect on it.
-
-    prefix: of the names in the file, for what is said.
-    """
-    shapes = expected(kind, model, path)
-    modules = {name.partition(".")[0] for name in shapes}
-    rest = {name: value for name, value in table.items() if name not in shapes}
-    surplus = [name for name in rest if name.partition(".")[0] in modules and name not in _IDLE]
-    in_file = {prefix + name: value for name, value in table.items()}
-    check(in_file, {prefix + name: shape for name, shape in shapes.items()}, [prefix + name for name in surplus], path)
-    double = [name for name in shapes if table[name].dtype == torch.float64]
-    if double:  # models here are float32: the values would change without a word
-        raise UserError(f"{path}: {prefix}{double[0]} is float64; have the file saved as float32")
-    return {name: table[name] for name in shapes}, rest
-
-
-def _shape(table: dict, name: str, dimensions: int, path: Path) -> tuple[int, ...]:
-    if name not in table:
-        raise UserError(f"{path}: does not fit: {name} is missing; is it the file of another model?")
-    if table[name].ndim != dimensions:
-        raise UserError(f"{path}: does not fit: {name} has {table[name].ndim} dimensions instead of {dimensions}")
-    return tuple(table[name].shape)
-
-
-def _count(table: dict, name: str) -> int:
-    """How many numbers stand behind `name.`; where one is left out, its tensors will be missed."""
-    start = len(name) + 1
-    return len({key[start:].partition(".")[0] for key in table if key.startswith(f"{name}.")})
-
-
-def _setting(settings: Mapping, name: str, default: int, path: Path) -> int:
-    value = settings.get(name, default)
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"{path}: mage_ds.{name} = {safe.printable(value)[:40]}: must be a whole number")
-    return value
-
-
-def _say(stack: dict) -> str:
-    return f"{stack['depth']} x {stack['width']} / {stack['heads']} heads"
-
-
-def _say_unused(unused: dict) -> str:
-    return f"{len(unused)} tensors are not used: {brief(unused)}" if unused else "every tensor is used"
 
 
 # --- out -----------------------------------------------------------------------------------------------------
@@ -213,7 +154,7 @@ def table(parts: Parts) -> dict[str, Tensor]:
     if parts.kind == "tokenizer":
         return values | parts.unused
     if parts.kind == "mage" and not parts.foreign:
-        if parts.model["codes"] == _CODES and parts.model["vocabulary"] != _WORDS:
+        if parts.model["codes"] == CODES and parts.model["vocabulary"] != WORDS:
             _widen(values)
         values = _idle(values, parts.model) | values
     if parts.tokenizer:
@@ -264,8 +205,8 @@ def _widen(values: dict) -> None:
     """Fake class and mask token move from the last two words to the authors' places."""
     for name, axis in (("token_emb.word_embeddings.weight", 0), ("mlm_layer.bias", 2)):
         words = values[name].movedim(axis, 0)
-        wide = torch.zeros(_WORDS, *words.shape[1:], dtype=words.dtype)
-        wide[:_CODES], wide[_CLASS], wide[_MASK] = words[:_CODES], words[-2], words[-1]
+        wide = torch.zeros(WORDS, *words.shape[1:], dtype=words.dtype)
+        wide[:CODES], wide[_CLASS], wide[_MASK] = words[:CODES], words[-2], words[-1]
         values[name] = wide.movedim(0, axis).contiguous()
 
 

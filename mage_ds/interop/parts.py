@@ -1,5 +1,6 @@
 """A model as tables: what is read from a foreign file or an export, and what one is written from."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -7,21 +8,24 @@ import torch
 
 from mage_ds.errors import UserError
 from mage_ds.interop.safe import first_line, printable
-from mage_ds.models import Classifier, Encoder, Mage, Vqgan
+from mage_ds.models import Classifier, Encoder, Mage, PixelViT, Vqgan
+from mage_ds.models.mage import class_id
+from mage_ds.recipes.schema import Recipe
 
-MODELS = {"mage": Mage, "tokenizer": Vqgan, "classifier": Classifier, "encoder": Encoder}
+MODELS = {"mage": Mage, "tokenizer": Vqgan, "classifier": Classifier, "encoder": Encoder, "pixel_vit": PixelViT}
 ENCODER = ("encoder", "tokens", "codes", "vocabulary", "dropout")  # of a MAGE's numbers, those of its encoder
 PATCH = 16  # pixels of a token, where no tokenizer came along to tell
+CODES, WORDS = 1024, 2025  # of the authors' files
 _SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Parts:
     """kind: of MODELS; model: the numbers that build it; weights: its state_dict, in any floating dtype, maybe
-    memory-mapped; image_size: pixels; tokenizer: of a mage or classifier, where it came along; sampling: of a mage,
+    memory-mapped; image_size: pixels; tokenizer: of a model that sees tokens, where it came along; sampling: of a mage,
     the fields of a recipe's section; unused: tensors of a foreign file that nothing here uses, by the file's names;
-    foreign: whether it came from the authors' layout; facts: what a model card says, and "classes", the names of a
-    mage's labels, plain values; origin: one line.
+    foreign: whether it came from other people's layout; facts: what a model card says, and "classes", the names of its
+    labels, plain values; origin: one line.
     """
 
     kind: str
@@ -47,11 +51,61 @@ def expected(kind: str, model: dict, where) -> dict[str, torch.Size]:
         ) from None
 
 
+def numbers(recipe: Recipe) -> tuple[str, dict]:
+    """Of the model that a recipe trains, with what it stands on: its kind and the numbers that build it."""
+    model = recipe.model.model_dump()
+    if recipe.task == "tokenizer":
+        return "tokenizer", model
+    if recipe.task == "pretrain":
+        alone = recipe.objective == "contrastive"
+        return ("encoder", {key: model[key] for key in ENCODER}) if alone else ("mage", model)
+    keys = ("encoder", "classes", "drop_path", "head_std")
+    if recipe.model.patch is None:
+        kind, keys, more = "classifier", (*keys, "tokens", "vocabulary", "dropout"), {}
+        more["class_id"] = class_id(recipe.model.vocabulary)
+    else:
+        kind, keys, more = "pixel_vit", (*keys, "patch"), {"image_size": recipe.inputs.image_size}
+    return kind, {key: model[key] for key in keys} | more
+
+
 def encoder_of(parts: Parts) -> Parts:
-    """The encoder alone out of a MAGE."""
-    numbers = {key: parts.model[key] for key in ENCODER}
-    names = expected("encoder", numbers, parts.origin)
-    return Parts("encoder", numbers, {name: parts.weights[name] for name in names}, parts.image_size, parts.origin)
+    """The encoder alone: out of a MAGE, of a ViT over pixels (all but its head), or of a classifier's blocks.
+
+    A classifier has no LayerNorm behind its blocks: the encoder's, which features do without, is then of no effect.
+    """
+    keep = {"image_size": parts.image_size, "origin": parts.origin, "tokenizer": parts.tokenizer}
+    if parts.kind == "pixel_vit":
+        model = parts.model | {"classes": None, "drop_path": 0.0}
+        weights = {name: value for name, value in parts.weights.items() if not name.startswith("head.")}
+        return Parts("pixel_vit", model, weights, **keep)
+    model, weights = parts.model, parts.weights
+    if parts.kind == "classifier":
+        model = model | {"codes": _codes(parts)}
+        weights = weights | plain_norm("norm", model["encoder"]["width"])
+    model = {key: model[key] for key in ENCODER}
+    names = expected("encoder", model, parts.origin)
+    return Parts("encoder", model, {name: weights[name] for name in names}, **keep)
+
+
+def _codes(parts: Parts) -> int:
+    """How many of a classifier's words are codes, which its own numbers do not tell."""
+    if parts.tokenizer:
+        return parts.tokenizer.model["codes"]
+    return CODES if parts.model["vocabulary"] == WORDS else parts.model["vocabulary"] - 2
+
+
+def plain_norm(name: str, width: int) -> dict[str, torch.Tensor]:
+    """The parameters of a LayerNorm that only normalizes."""
+    return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+
+
+def weights_hash(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names and float32 values, independent of file layout."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check(weights: dict, shapes: dict[str, torch.Size], surplus: Iterable[str], where) -> None:

@@ -5,11 +5,23 @@ from collections.abc import Callable
 import torch
 
 from .adversary import Lpips, PatchGAN
-from .classifier import Classifier
+from .classifier import Classifier, ProbeHead
 from .mage import Decoder, Encoder, Mage
+from .pixel_vit import PixelViT
 from .vqgan import Vqgan
 
-__all__ = ["Classifier", "Decoder", "Encoder", "Lpips", "Mage", "PatchGAN", "Vqgan", "initialize"]
+__all__ = [
+    "Classifier",
+    "Decoder",
+    "Encoder",
+    "Lpips",
+    "Mage",
+    "PatchGAN",
+    "PixelViT",
+    "ProbeHead",
+    "Vqgan",
+    "initialize",
+]
 
 
 @torch.no_grad()

@@ -18,6 +18,11 @@ from .transformer import layer_norm, stack
 _PUBLISHED_VOCABULARY, _PUBLISHED_CLASS = 2025, 1100
 
 
+def class_id(vocabulary: int) -> int:
+    """The word in front of the tokens: the one before the mask token, in the published vocabulary another."""
+    return _PUBLISHED_CLASS if vocabulary == _PUBLISHED_VOCABULARY else vocabulary - 2
+
+
 class TokenEmbedding(nn.Module):
     """Word plus learned position embedding, LayerNorm, dropout."""
 
@@ -81,7 +86,7 @@ class Encoder(_Part):
             raise ValueError(f"vocabulary {vocabulary}: at least codes + 2 = {codes + 2}")
         self.tokens, self.codes, self.vocabulary, self.width = tokens, codes, vocabulary, encoder["width"]
         self.mask_id = vocabulary - 1
-        self.class_id = _PUBLISHED_CLASS if vocabulary == _PUBLISHED_VOCABULARY else vocabulary - 2
+        self.class_id = class_id(vocabulary)
         self.token_emb = TokenEmbedding(vocabulary=vocabulary, positions=1 + tokens, width=self.width, dropout=dropout)
         self.blocks = stack(**encoder, dropout=dropout)
         self.norm = layer_norm(self.width)

@@ -8,12 +8,13 @@ from torch import nn
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 
-def stack(*, depth: int, width: int, heads: int, dropout: float) -> nn.ModuleList:
+def stack(*, depth: int, width: int, heads: int, dropout: float, drop_path: float = 0.0) -> nn.ModuleList:
     """`depth` blocks that map (B, L, width) to (B, L, width); width must divide by heads.
 
-    qkv bias, MLP ratio 4, exact GELU, LayerNorm eps 1e-6, no drop path. `dropout` acts on the attention
-    weights, on the attention's projection, after GELU and after the MLP's second layer. Attention is torch's
-    fused one, whose logits are float32 whatever the dtype of the stack.
+    qkv bias, MLP ratio 4, exact GELU, LayerNorm eps 1e-6. `dropout` acts on the attention weights, on the attention's
+    projection, after GELU and after the MLP's second layer; `drop_path` is the share of samples that pass by the last
+    block, and rises to it in a line from 0 in the first. Attention is torch's fused one, whose logits are float32
+    whatever the dtype of the stack.
     """
     blocks = (
         Block(
@@ -23,8 +24,9 @@ def stack(*, depth: int, width: int, heads: int, dropout: float) -> nn.ModuleLis
             qkv_bias=True,
             proj_drop=dropout,
             attn_drop=dropout,
+            drop_path=drop_path * block / max(1, depth - 1),
             norm_layer=layer_norm,
         )
-        for _ in range(depth)
+        for block in range(depth)
     )
     return nn.ModuleList(blocks)

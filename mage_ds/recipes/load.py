@@ -81,9 +81,25 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     if task not in TASKS:
         raise UserError(f"{source}: task = {task}: must be one of {', '.join(TASKS)}")
     try:
-        return TASKS[task].model_validate(data)
+        recipe = TASKS[task].model_validate(data)
     except ValidationError as error:
         raise UserError(explain(error, TASKS[task], data, source, overrides)) from error
+    _refuse_unmade(recipe, source)
+    return recipe
+
+
+def _refuse_unmade(recipe: Recipe, source: str) -> None:
+    """UserError for what a recipe may say but no training carries out yet: silence would train something else."""
+    inputs, objective = recipe.inputs, getattr(recipe, "objective", "reconstruction")
+    wishes = {
+        "task = classify": recipe.task == "classify",
+        f"objective = {objective}": objective != "reconstruction",
+        f"inputs.crop = {inputs.crop}": inputs.crop != "tried",
+        "inputs.colour": inputs.colour is not None,
+        "inputs.policy": inputs.policy is not None,
+    }
+    if wish := next((wish for wish, said in wishes.items() if said), None):
+        raise UserError(f"{source}: {wish}: is not carried out by this version yet; leave it out")
 
 
 def augmentations() -> dict[str, dict]:

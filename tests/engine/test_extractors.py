@@ -135,7 +135,7 @@ def bad(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     return {
         (): "give either --inception FILE or --features",
-        ("features", "resnet50"): "must be timm:NAME, timm:NAME:FILE or run:PATH",
+        ("features", "resnet50"): "must be timm:NAME, timm:NAME:FILE, mae:FILE or run:PATH",
         ("features", "run:"): "must be timm:NAME",
         ("features", "timm:resnet5O"): "no such model; did you mean resnet50",
         ("features", f"timm:{NET}"): "are not in timm's cache; copy that file here",

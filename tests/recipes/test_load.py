@@ -155,6 +155,8 @@ def test_schedule():
         ("tokenizer.channels=12", ["tokenizer.channels = 12", "a multiple of 8"]),
         ("tokenizer.codes=65537", ["tokenizer.codes = 65537", "at most 65536"]),
         ("task=classifier", ["task = classifier", "one of tokenizer, pretrain, classify"]),
+        ("inputs.policy=rand-m9-mstd0.5-inc1", ["inputs.policy: is not carried out by this version yet"]),
+        ("inputs.crop=clamped", ["inputs.crop = clamped: is not carried out"]),
         ("batch", ["batch: an override is key=value"]),
         ("=3", ["=3: an override is key=value"]),
         ("model..codes=3", ["an override is key=value"]),

@@ -146,8 +146,8 @@ def test_what_has_no_place_for_labels_is_refused(place, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"mage-ds: error: {said}") and error.count("\n") == 1
         assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="is an encoder alone"):
-        stored.open_model(place.run / "encoder")
+    opened = stored.open_model(place.run / "encoder")
+    assert opened.kind == "encoder" and opened.mage is None and opened.encoder is not None
 
 
 # --- going on
@@ -228,7 +228,7 @@ def test_one_line_says_what_is_wrong(place, tmp_path):
         "--init is missing: model.classes = 3 trains a decoder on the encoder of a trained"
     )
     tokenizer = place.mage / "tokenizer"
-    assert refused(place, init=tokenizer).startswith(f"{tokenizer}: is a tokenizer, a pre-trained MAGE is")
+    assert refused(place, init=tokenizer).startswith(f"{tokenizer}: is a tokenizer, an encoder is needed")
     assert "no such run folder" in refused(place, init=tmp_path / "nowhere")
     encoder = "model.encoder={depth: 2, width: 32, heads: 4}"
     assert refused(place, encoder, init=place.mage) == (
