@@ -103,7 +103,10 @@ def test_engines_equal_a_plain_loop(ranks, mode):
     for step, (one, other) in enumerate(zip(figures, expected, strict=True)):
         assert ("adversarial" in one) == (step >= made.START)
         # L1's gradient is a sign: where a rounding turns that of one pixel, a norm differs in its fourth digit.
-        rel, off = (1e-5 if step < made.START + 2 else 1e-3, 1e-6) if exact else (0.06, 0.01)
+        # In bf16 CPUs round otherwise, and each update of the discriminator doubles what comes of it.
+        rel, off = (
+            (1e-5 if step < made.START + 2 else 1e-3, 1e-6) if exact else (0.06 if step <= made.START else 0.15, 0.01)
+        )
         for key, value in other.items():
             close = pytest.approx(value, rel=rel, abs=off)
             assert one[key] == close, (step, key)
