@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mage_ds.engine import ds_config
 from mage_ds.engine.memory import KINDS
+from mage_ds.recipes.schema import Recipe
 
 _REDUCED_AT_ONCE = 500_000_000  # values that DeepSpeed reduces at once where ZeRO does not shard gradients
 _LIVE = 1_000_000_000  # stage 3's default of how many parameters stay gathered, and are updated together
@@ -35,35 +36,40 @@ class Held(NamedTuple):
         return self._replace(device=both, host=dict.fromkeys(KINDS, 0.0))
 
 
-def held(sizes: list[int], zero: dict, *, precision: str, world: int) -> Held:
+def states(recipe: Recipe) -> int:
+    """Float32 tensors that are kept of a parameter beside its weight: moments, and the average of the weights."""
+    return (2 if recipe.optimizer.name == "adamw" else 1) + (recipe.optimizer.ema is not None)
+
+
+def held(sizes: list[int], zero: dict, *, precision: str, world: int, states: int = 2) -> Held:
     """What a rank holds. sizes: of the parameters, in the model's order; zero: the JSON's zero_optimization block;
-    precision: bf16 or float32."""
+    precision: bf16 or float32; states: see `states`."""
     stage, width = zero.get("stage", 0), 2 if precision == "bf16" else _FLOAT32
     away = ds_config.offload(zero, "offload_optimizer") == "cpu"
     if stage == 0 or (stage == 1 and precision == "bf16"):
-        return _reduced_whole(sizes, stage, width, world)
+        return _reduced_whole(sizes, stage, width, world, states)
     if stage == 3:
-        return _sharded_weights(sizes, zero, width, world, away)
-    return _reduced_in_buckets(sizes, zero, width, world, away)
+        return _sharded_weights(sizes, zero, width, world, away, states)
+    return _reduced_in_buckets(sizes, zero, width, world, away, states)
 
 
-def _reduced_whole(sizes: list[int], stage: int, width: int, world: int) -> Held:
+def _reduced_whole(sizes: list[int], stage: int, width: int, world: int, states: int) -> Held:
     """Float32 stage 0; bf16 stage 1, which has a float32 gradient beside the bf16 one."""
     count, shard = sum(sizes), sum(sizes) / world
     device = dict.fromkeys(KINDS, 0.0)
     device["weights"] = width * count
     device["gradients"] = _FLOAT32 * count + (width * count if stage else 0)
-    device["optimizer"] = 3 * _FLOAT32 * shard if stage else 2 * _FLOAT32 * count  # stage 0: no other master
+    device["optimizer"] = (1 + states) * _FLOAT32 * shard if stage else states * _FLOAT32 * count  # 0: no other master
     return Held(device, dict.fromkeys(KINDS, 0.0), _FLOAT32 * min(count, _REDUCED_AT_ONCE))
 
 
-def _reduced_in_buckets(sizes: list[int], zero: dict, width: int, world: int, away: bool) -> Held:
+def _reduced_in_buckets(sizes: list[int], zero: dict, width: int, world: int, away: bool, states: int) -> Held:
     """Float32 stage 1, and stage 2."""
     stage, count, shard = zero["stage"], sum(sizes), sum(sizes) / world
     bucket, largest = _bucket(zero, width), width * max(sizes)
     device, host = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     device["weights"], device["buffers"] = width * count, bucket
-    (host if away else device)["optimizer"] = 3 * _FLOAT32 * shard
+    (host if away else device)["optimizer"] = (1 + states) * _FLOAT32 * shard
     # A bucket is flattened anew, and once more where its format is not that of the reduction.
     together = min(count, zero.get("reduce_bucket_size", _BUCKET))
     reducing = together * (width + (0 if width == _FLOAT32 else _FLOAT32))
@@ -82,7 +88,7 @@ def _reduced_in_buckets(sizes: list[int], zero: dict, width: int, world: int, aw
     return Held(device, host, part + bucket)
 
 
-def _sharded_weights(sizes: list[int], zero: dict, width: int, world: int, away: bool) -> Held:
+def _sharded_weights(sizes: list[int], zero: dict, width: int, world: int, away: bool, states: int) -> Held:
     """Stage 3: each rank has its share, small parameters whole, and what forward and backward have gathered."""
     count, shard = sum(sizes), sum(sizes) / world
     whole = sum(size for size in sizes if size <= zero.get("stage3_param_persistence_threshold", 100_000))
@@ -92,7 +98,7 @@ def _sharded_weights(sizes: list[int], zero: dict, width: int, world: int, away:
     device, host = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     (host if ds_config.offload(zero, "offload_param") == "cpu" else device)["weights"] = width * shard
     device["weights"] += width * whole
-    (host if away else device)["optimizer"] = 3 * _FLOAT32 * shard
+    (host if away else device)["optimizer"] = (1 + states) * _FLOAT32 * shard
     (host if away else device)["gradients"] = _FLOAT32 * shard * (2 if away else 1)
     bucket = _bucket(zero, _FLOAT32)
     device["buffers"] = bucket + width * gathered
@@ -163,6 +169,6 @@ def sent(count: int, zero: dict, *, precision: str, world: int, accumulation: in
     return accumulation * (gradients + twice * weights)
 
 
-def on_disk(count: int) -> int:
-    """Bytes of a checkpoint: float32 weights and two moments, whatever the stage."""
-    return 3 * _FLOAT32 * count
+def on_disk(count: int, states: int = 2) -> int:
+    """Bytes of a checkpoint: float32 weights and what is kept of each (see `states`), whatever the stage."""
+    return (1 + states) * _FLOAT32 * count

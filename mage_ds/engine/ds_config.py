@@ -116,29 +116,31 @@ def default(recipe: Recipe) -> str:
     return _WHOLE if recipe.optimizer.name == "lars" else DEFAULT
 
 
-def check_norms(path: Path, config: dict, recipe: Recipe, precision: str) -> None:
+def check_norms(path: Path, config: dict, recipe: Recipe) -> None:
     """LARS compares the norm of each tensor with that of its gradient, and ZeRO hands it flat shards of all tensors
     together, of which the norms are others, silently. UserError where a configuration would do that."""
     stage = config["zero_optimization"]["stage"]
-    if recipe.optimizer.name == "lars" and (stage or precision != "float32"):
-        what = f"zero_optimization.stage = {stage}" if stage else f"--precision {precision}"
+    if recipe.optimizer.name == "lars" and stage:
         raise UserError(
-            f"{path}: {what}: optimizer.name = lars needs whole tensors in float32, which is --deepspeed_config "
-            f"{_WHOLE} --precision float32 (leave both out, they are what it gets then)"
+            f"{path}: zero_optimization.stage = {stage}: optimizer.name = lars needs whole tensors; choose "
+            f"--deepspeed_config {_WHOLE}, which it also gets without one"
         )
 
 
 def choose_precision(asked: str, device, recipe: Recipe | None = None) -> str:
     """`bf16` or `float32` for `auto`: bf16 on a GPU and where the CPU multiplies it in hardware; float32 for LARS.
 
-    Elsewhere a CPU emulates bf16, 7 to 100 times slower than float32.
+    Elsewhere a CPU emulates bf16, 7 to 100 times slower than float32. UserError for LARS in bf16, whose master weights
+    are flat shards (see `check_norms`).
     """
     import torch
 
+    if recipe is not None and recipe.optimizer.name == "lars":
+        if asked == "bf16":
+            raise UserError("--precision bf16: optimizer.name = lars needs whole tensors in float32; leave it out")
+        return "float32"
     if asked != "auto":
         return asked
-    if recipe is not None and recipe.optimizer.name == "lars":
-        return "float32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"

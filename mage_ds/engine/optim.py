@@ -16,7 +16,7 @@ def build(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     numbers, lr = recipe.optimizer, recipe.effective_lr()
     groups = parameter_groups(model, numbers.weight_decay, numbers.layer_decay)
     for group in groups:
-        group["ema"] = numbers.ema  # DeepSpeed hands on what else a group says: see ema.py
+        group["ema"] = numbers.ema  # DeepSpeed hands on what else a group says: see state.ema_of
     if numbers.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=tuple(numbers.betas), eps=numbers.eps, fused=True)
     from timm.optim import Lars

@@ -3,12 +3,12 @@
 import json
 import math
 import os
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from mage_ds import recipes
-from mage_ds.engine import checkpoint, process, retention, run_folder
+from mage_ds.engine import checkpoint, process, retention, run_folder, state
 from mage_ds.engine.spikes import MOST_REWINDS, Rule
 from mage_ds.errors import UserError
 from mage_ds.recipes.schema import Recipe
@@ -113,20 +113,30 @@ class Run:
         self.catch_up(engines, evaluate, pictures)
 
     def catch_up(self, engines: dict, evaluate, pictures) -> None:
-        """Evaluate and draw what is due at this step and not done. All ranks call it.
+        """Evaluate and draw what is due at this step and not done, with the weights that the run is opened with: their
+        average, where one is kept. All ranks call it.
 
         Raises process.StopAsked where a stop is due; what was not done stays due.
         """
         if evaluate and "evaluate" in self._due:
-            figures = evaluate(engines, self.step)
+            with self._averaged(engines):
+                figures = evaluate(engines, self.step)
             with self._logging():
                 self._log_evaluation(self.step, figures)
             self._due.remove("evaluate")
         if pictures and "pictures" in self._due:
-            picture = pictures(engines, self.step)
+            with self._averaged(engines):
+                picture = pictures(engines, self.step)
             with self._logging():
                 self._draw(self.step, picture)
             self._due.remove("pictures")
+
+    @contextmanager
+    def _averaged(self, engines: dict):
+        with ExitStack() as stack:
+            for engine in engines.values() if self.recipe.optimizer.ema is not None else ():
+                stack.enter_context(state.averaged(engine))
+            yield
 
     @contextmanager
     def _logging(self):

@@ -85,7 +85,7 @@ def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest
     exact = _same_micro_batch(recipe, options.out, me.world)
     share = ds_config.share(exact, me.world, largest() if exact.machine.micro_batch == "auto" else 0)
     config = ds_config.in_force(path, config, share, clip=recipe.optimizer.clip, precision=precision)
-    ds_config.check_norms(path, config, recipe, precision)
+    ds_config.check_norms(path, config, recipe)
     return Plan(recipe, options, precision, share, config, steps, warmup, dataset, facts, source)
 
 

@@ -40,7 +40,8 @@ def scale(name: str, overrides: list[str], *, stages: list[str], checkpointing: 
         f"| config | checkpointing | {' | '.join(_COLUMNS)} | resident | images/s |\n|{'---|' * (len(_COLUMNS) + 4)}"
     )
     for config_name, config in configs.items():
-        held = budget.held(sizes, config["zero_optimization"], precision=precision, world=me.world).on_cpu()
+        zero, states = config["zero_optimization"], budget.states(recipe)
+        held = budget.held(sizes, zero, precision=precision, world=me.world, states=states).on_cpu()
         for which in checkpointing:
             machine = recipe.machine.model_copy(update={"activation_checkpointing": which})
             measured = _largest(_measure(recipe.model_copy(update={"machine": machine}), config, dtype))

@@ -56,7 +56,8 @@ def plan(
         raise UserError(
             f"--gpus {gpus} --hosts {hosts}: hosts must have equally many GPUs; choose a multiple of {hosts}"
         )
-    precision = "float32" if recipe.machine.precision == "float32" else "bf16"
+    whole = recipe.optimizer.name == "lars"  # see ds_config.check_norms
+    precision = "float32" if whole or recipe.machine.precision == "float32" else "bf16"
     sizes = planner.parameters(recipe)
     rows = table(recipe, sizes, precision, gpus, gpu_memory * _GIB)
     lines = [*_head(recipe, sizes, precision, gpus, gpu_memory), *_shown(rows), ""]
@@ -81,14 +82,21 @@ def table(recipe: Recipe, sizes: list[int], precision: str, gpus: int, memory: f
     frozen = planner.frozen_bytes(recipe, dtype)
     micros = _micro_batches(recipe, gpus)
     rows = []
-    for name in _NAMES[1:] if precision == "bf16" else _NAMES:
-        zero = zero_block(name)
-        if zero.get("stage") == 3 and ds_config.needs_whole_weights(recipe):
-            continue
-        held = budget.held(sizes, zero, precision=precision, world=gpus)
+    for name in _names(recipe, precision):
+        states = budget.states(recipe)
+        held = budget.held(sizes, zero_block(name), precision=precision, world=gpus, states=states)
         for which in planner.CHECKPOINTING:
             rows.append(_row(name, which, held, activations[which], frozen, micros, memory * _USABLE))
     return rows
+
+
+def _names(recipe: Recipe, precision: str) -> list[str]:
+    """The files of ds_configs/ that the recipe and the number format allow."""
+    if recipe.optimizer.name == "lars":
+        return [ds_config.default(recipe)]
+    names = _NAMES[1:] if precision == "bf16" else _NAMES
+    whole = ds_config.needs_whole_weights(recipe)
+    return [name for name in names if not (whole and name.startswith("zero3"))]
 
 
 def zero_block(name: str) -> dict:
@@ -174,7 +182,7 @@ def _time(recipe, samples, gpus, mfu, peak, price) -> list[str]:
 
 
 def _disk(recipe, sizes) -> list[str]:
-    one, keep = budget.on_disk(sum(sizes)), recipe.report.keep
+    one, keep = budget.on_disk(sum(sizes), budget.states(recipe)), recipe.report.keep
     extra = f", and every {recipe.report.keep_every}th for good" if recipe.report.keep_every else ""
     # One more than is kept stands there while the next is written.
     return [
@@ -190,8 +198,8 @@ def _network(recipe, sizes, precision, micro) -> list[str]:
         return []
     lines = ["GiB that a GPU sends in one step (ring algorithms), by number of GPUs"]
     lines.append(f"{'':14}" + "".join(f"{world:>9}" for world in worlds))
-    for name in _NAMES[1:] if precision == "bf16" else _NAMES:
-        if "offload" in name or (name == "zero3" and ds_config.needs_whole_weights(recipe)):
+    for name in _names(recipe, precision):
+        if "offload" in name:
             continue
         each = [
             budget.sent(

@@ -10,7 +10,7 @@ import torch
 from mage_ds.engine import checkpoint, process, state
 from mage_ds.tasks import pretrain
 
-FOLDER, DECAY = Path(sys.argv[1]), 0.8
+FOLDER, DECAY = Path(sys.argv[-1]), 0.8
 # One stage and precision, and the one that goes on with its checkpoint.
 MOVES = {
     "0 float32": (0, 3, "float32"),
@@ -21,6 +21,10 @@ MOVES = {
     "2 bf16": (2, 1, "bf16"),
     "3 bf16": (3, 2, "bf16"),
 }
+AWAY = {"2 float32": ("optimizer",), "3 bf16": ("optimizer", "param")}  # kept in the host's memory, before the move
+# The large eps keeps Adam from taking whole steps along gradients that are zero but for rounding: of the keys' biases.
+LAYERS = ("batch=16", "optimizer.layer_decay=0.5", "optimizer.eps=1.0e-3", "warmup.steps=0", "model.dropout=0.0")
+LAYERED = ("0 float32", "1 float32", "2 float32", "3 float32", "1 bf16")
 
 
 def weights(engine) -> dict[str, torch.Tensor]:
@@ -59,7 +63,7 @@ def logits(forward) -> torch.Tensor:
 def averaged(first: int, second: int, precision: str, name: str) -> dict:
     """Three updates in one stage, saved and gone on with in another; the average is looked at on the way."""
     numbers = tiny.recipe("batch=16", f"optimizer.ema={DECAY}", "warmup.steps=0", "optimizer.min_lr=0.01")
-    engine = tiny.engine_of(numbers, first, precision)
+    engine = tiny.engine_of(numbers, first, precision, AWAY.get(name, ()))
     series = [weights(engine)]
     tiny.train(engine, numbers, 3, tiny.Recorder(numbers, hook=lambda each: series.append(weights(each))))
     path = FOLDER / name
@@ -124,6 +128,21 @@ def lars() -> dict:
     return {"losses": run.losses, "rest": rest.losses, "same end": off(weights(other), series[-1])}
 
 
+def layers(first: int, second: int, precision: str, name: str) -> dict:
+    """Four updates with layer-wise learning rates; from a checkpoint of the second the others once more."""
+    numbers = tiny.recipe(*LAYERS)
+    engine = tiny.engine_of(numbers, first, precision)
+    run = tiny.train(engine, numbers, 2)
+    path = FOLDER / f"layers {name}"
+    save(path, 2, engine)
+    rest = tiny.train(engine, numbers, 4, tiny.Recorder(numbers, 2))
+    other = tiny.engine_of(numbers, second, precision)
+    checkpoint.load(checkpoint.find(path), {"mage": other})
+    again = tiny.train(other, numbers, 4, tiny.Recorder(numbers, 2))
+    save(path, 4, other)
+    return {"losses": run.losses + rest.losses, "again": again.losses}
+
+
 LARS = (
     "batch=16",
     "optimizer={name: lars, base_lr: 0.3, min_lr: 0.0, weight_decay: 0.0, momentum: 0.9, trust: 0.001, clip: null}",
@@ -134,6 +153,7 @@ LARS = (
 def main() -> None:
     me = process.start(threads=1)
     found = {name: averaged(*move, name) for name, move in MOVES.items()}
+    found |= {f"layers {name}": layers(*MOVES[name], name) for name in LAYERED}
     found |= {"skipped": skipped(), "lars": lars()}
     (FOLDER / f"rank_{me.rank}.json").write_text(json.dumps(found))
     process.leave(0)

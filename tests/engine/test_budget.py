@@ -1,6 +1,7 @@
 """Bytes by kind against counts by hand; tests/tasks/test_bench.py holds them against real steps."""
 
 import pytest
+import tiny
 
 from mage_ds.engine import budget, ds_config, planner
 
@@ -76,6 +77,24 @@ def test_offload_moves_to_the_host():
     together = away.on_cpu()
     assert together.device["optimizer"] == 3 * COUNT and not any(together.host.values())
     assert held("zero3_offload", "bf16", stage3_param_persistence_threshold=0).device["weights"] == 0
+
+
+def test_what_the_optimizer_keeps():
+    """LARS one number of each weight, AdamW two; the average of the weights is one more."""
+    lars = "{name: lars, base_lr: 0.3, min_lr: 0.0, weight_decay: 0.0, momentum: 0.9, trust: 0.001, clip: null}"
+    kept = {
+        2: tiny.recipe(),
+        3: tiny.recipe("optimizer.ema=0.999"),
+        1: tiny.recipe(f"optimizer={lars}"),
+    }
+    for number, recipe in kept.items():
+        assert budget.states(recipe) == number
+        assert budget.on_disk(COUNT, number) == 4 * (1 + number) * COUNT
+        for name, each in (("zero0", number), ("zero1", (1 + number) / 4), ("zero3", (1 + number) / 4)):
+            found = budget.held(SIZES, zero(name), precision="float32", world=4, states=number)
+            assert found.device["optimizer"] == 4 * each * COUNT
+    away = budget.held(SIZES, zero("zero2_offload"), precision="bf16", world=4, states=3)
+    assert away.host["optimizer"] == 4 * COUNT
 
 
 def test_sent():

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from mage_ds.engine import optim
-from mage_ds.models import Mage, Vqgan
+from mage_ds.models import Classifier, Mage, PixelViT, Vqgan
 
 
 def names_of(model, group) -> set[str]:
@@ -167,6 +167,33 @@ def test_layer_decay_is_the_papers_and_timms():
             assert ours[name] == pytest.approx(group["lr_scale"], rel=1e-12), name
 
 
+SIZE = {"encoder": {"depth": 3, "width": 12, "heads": 2}, "classes": 5}
+CLASSIFIERS = {
+    "tokens": lambda: Classifier(tokens=4, vocabulary=9, class_id=7, dropout=0.0, **SIZE),
+    "pixels": lambda: PixelViT(image_size=8, patch=4, **SIZE),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_layers_of_a_classifier(kind):
+    """Every parameter, by the paper's formula: embeddings layer 0, block N layer N + 1, norm and head depth + 1."""
+    model = CLASSIFIERS[kind]()
+    groups = optim.parameter_groups(model, 0.05, 0.65)
+    by_name = {name: group for group in groups for name in names_of(model, group)}
+    below = {"tokens": ("token_emb.",), "pixels": ("patch_embed.", "pos_embed", "cls_token")}[kind]
+    assert len(by_name) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        if name.startswith(below):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            assert name.startswith(("fc_norm.", "head.")), name
+            layer = 4
+        assert by_name[name]["lr_scale"] == pytest.approx(0.65 ** (4 - layer)), name
+        assert by_name[name]["weight_decay"] == (0.0 if parameter.ndim == 1 else 0.05), name
+
+
 def test_layer_decay_reaches_the_learning_rates(me):
     numbers = tiny.recipe("optimizer.layer_decay=0.5")
     for stage in (1, 3):
@@ -175,3 +202,30 @@ def test_layer_decay_reaches_the_learning_rates(me):
         inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         # Of 2 blocks: what is below them 0.5^3, the blocks 0.5^2 and 0.5, the norm behind them 1.
         assert sorted({group["lr"] for group in inner.param_groups}) == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+# --- LARS alone; tests/engine/test_optimizer_ranks.py has it in an engine
+
+
+def test_lars_where_a_norm_is_zero():
+    """A head that begins with zeros, and one whose gradient is zero at first, have a trust ratio of 1 there."""
+    numbers = tiny.recipe(
+        "optimizer={name: lars, base_lr: 0.1, min_lr: 0.0, weight_decay: 0.0, momentum: 0.9, trust: 0.001, clip: null}"
+    )
+    usual = torch.tensor([[3.0, 4.0]])
+    starts = {"zero": torch.zeros(2, 3), "usual": usual, "idle": usual, "bias": torch.tensor([1.0, 2.0])}
+    first = {"zero": torch.ones(2, 3), "usual": torch.tensor([[0.0, 2.0]]), "idle": torch.zeros(1, 2)}
+    first["bias"] = torch.tensor([0.5, 0.0])
+    model = torch.nn.ParameterDict({name: value.clone() for name, value in starts.items()})
+    lars = optim.build(model, numbers)
+    for group in lars.param_groups:
+        group["lr"] = 0.5
+    for share in (1.0, 0.0):  # a gradient, then none
+        for name, parameter in model.items():
+            parameter.grad = share * first[name]
+        lars.step()
+    # Two steps of 0.5, of which the second goes 0.9 of the first: 0.95 x ratio x the first gradient.
+    ratios = dict.fromkeys(starts, 1.0) | {"usual": 0.001 * 5 / 2}
+    expected = {name: value - 0.95 * ratios[name] * first[name] for name, value in starts.items()}
+    for name, parameter in model.items():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-6, atol=1e-7)

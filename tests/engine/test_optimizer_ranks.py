@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from conftest import ran
+from optimizer_ranks import LARS, LAYERED, LAYERS
 
 from mage_ds.engine import checkpoint, ds_config, state, wrap
 from mage_ds.errors import UserError
@@ -77,6 +78,51 @@ def test_weights_are_read_averaged_or_raw(ranks, folder):
         checkpoint.load_weights(folder / "lars", "mage", weights="ema")
 
 
+# --- layer-wise learning rates
+
+
+def by_layers(numbers, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses, and the weights in the end, of torch's AdamW with a group for every parameter; one process."""
+    model = Mage(**numbers.model.model_dump())
+    wrap.initialize_weights(model, numbers.seed)
+    wanted, groups = numbers.optimizer, []
+    for name, p in model.named_parameters():
+        layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 3 if name.startswith("norm.") else 0
+        decay = 0.0 if p.ndim == 1 or name.endswith(".bias") else wanted.weight_decay
+        groups.append({"params": [p], "weight_decay": decay, "share": 0.5 ** (3 - layer)})
+    adam = torch.optim.AdamW(groups, betas=tuple(wanted.betas), eps=wanted.eps, foreach=False)
+    losses = []
+    for step in range(steps):
+        batch = tiny.batch_at(step * numbers.batch + torch.arange(numbers.batch).numpy())
+        ((_, loss, _),) = pretrain.step_fn({"mage": model}, batch, step, recipe=numbers, tokenize=tiny.tokenize)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), wanted.clip)
+        for group in adam.param_groups:
+            group["lr"] = group["share"] * tiny.schedule_of(numbers)(step)
+        adam.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def expected(ranks, me):
+    return by_layers(tiny.recipe(*LAYERS), 4)
+
+
+@pytest.mark.parametrize("mode", LAYERED)
+def test_layers_have_their_rates_in_every_stage_and_after_a_move(ranks, folder, expected, mode):
+    losses, weights = expected
+    exact = "float32" in mode
+    for rank in ranks:
+        found = rank[f"layers {mode}"]
+        assert tiny.worst(found["losses"], losses) < (1e-6 if exact else 5e-3)
+        assert tiny.worst(found["losses"][2:], found["again"]) < (1e-6 if exact else 2e-3)
+    kept, _ = checkpoint.load_weights(folder / f"layers {mode}", "mage")
+    worst = max(float((kept[name] - value).abs().max()) for name, value in weights.items())
+    assert worst < (1e-6 if exact else 1e-2), worst
+
+
 # --- LARS
 
 
@@ -107,10 +153,7 @@ def by_formula(numbers, steps: int) -> list[dict[str, torch.Tensor]]:
     return series
 
 
-def test_lars_is_its_formula(ranks, folder, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["test", "unused"])
-    from optimizer_ranks import LARS
-
+def test_lars_is_its_formula(ranks, folder):
     expected = by_formula(tiny.recipe(*LARS), 4)
     found = torch.load(folder / "lars_0.pt", weights_only=True)
     for name, value in expected[-1].items():
@@ -125,16 +168,14 @@ def test_lars_goes_on_as_if_it_had_not_ended(ranks):
         assert rank["lars"]["same end"] == 0
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision", "words"),
-    [(1, "float32", "zero_optimization.stage = 1"), (0, "bf16", "--precision bf16")],
-)
-def test_lars_refuses_shards_and_bf16(stage, precision, words):
-    numbers = tiny.recipe(
-        "optimizer={name: lars, base_lr: 1.0, min_lr: 0.0, weight_decay: 0.0, momentum: 0.9, trust: 0.001, clip: null}"
-    )
-    path, _ = ds_config.read("zero1")
-    with pytest.raises(UserError, match=words):
-        ds_config.check_norms(path, {"zero_optimization": {"stage": stage}}, numbers, precision)
+def test_lars_refuses_shards_and_bf16():
+    numbers, cpu = tiny.recipe(*LARS), torch.device("cpu")
+    path, config = ds_config.read("zero1")
+    with pytest.raises(UserError, match=r"zero1.json: zero_optimization.stage = 1: .*choose --deepspeed_config zero0"):
+        ds_config.check_norms(path, config, numbers)
+    with pytest.raises(UserError, match=r"--precision bf16: optimizer.name = lars needs .* leave it out"):
+        ds_config.choose_precision("bf16", cpu, numbers)
     assert ds_config.default(numbers) == "zero0"
-    assert ds_config.choose_precision("auto", torch.device("cpu"), numbers) == "float32"
+    assert ds_config.choose_precision("auto", cpu, numbers) == "float32"
+    ds_config.check_norms(path, ds_config.read("zero0")[1], numbers)
+    ds_config.check_norms(path, config, tiny.recipe())

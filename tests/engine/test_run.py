@@ -8,9 +8,11 @@ import subprocess
 import numpy as np
 import pytest
 import tiny
+import torch
+from deepspeed import zero
 from made_runs import evaluator, held_out, losses, opened
 
-from mage_ds.engine import checkpoint, process, run_folder
+from mage_ds.engine import checkpoint, process, run_folder, state
 from mage_ds.engine.run import owed
 from mage_ds.errors import Stopped, UserError
 
@@ -52,6 +54,34 @@ def test_it_saves_before_it_evaluates_and_draws(me, numbers, tmp_path):
 
     train(tmp_path / "run", numbers, evaluate=evaluate)
     assert seen == [(2, []), (4, [3]), (6, [3, 6])]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_it_evaluates_and_draws_with_the_average(me, tmp_path, stage):
+    """What is shown is what is opened later; training goes on with the weights themselves."""
+    numbers = tiny.recipe(*EVERY, "report.pictures_every={steps: 3}", "optimizer.ema=0.5", "warmup.steps=0")
+    engine, seen = tiny.engine_of(numbers, stage), []
+    name = "mlm_layer.fc.weight"
+    parameter = state.parameters(engine)[name]
+
+    def look(engines, step):
+        average = state.get_full(engine, parameter, state.EMA).clone()
+        with zero.GatheredParameters([parameter], enabled=stage == 3):
+            seen.append(torch.equal(parameter.detach(), average))
+        return {}
+
+    def draw(engines, step):
+        look(engines, step)
+        return paint(engines, step)
+
+    run = opened(tmp_path / "run", numbers, engine)
+    tiny.train(engine, numbers, 6, run, evaluate=look, pictures=draw)
+    assert seen == [True] * 5  # of steps 2, 3, 4, 6 and 6
+    alone = tiny.engine_of(tiny.recipe(*EVERY, "warmup.steps=0"), stage)
+    tiny.train(alone, tiny.recipe(*EVERY, "warmup.steps=0"), 6)
+    assert tiny.equal(tiny.full_state(engine), tiny.full_state(alone))
+    kept, _ = checkpoint.load_weights(run.path, "mage")
+    assert torch.equal(kept[name], state.get_full(engine, parameter, state.EMA))
 
 
 @pytest.mark.parametrize("step", [4, 6])

@@ -48,6 +48,16 @@ def test_output(capsys):
     assert "assumed" in tokenizer and "Nothing fits" in tokenizer and "deepspeed --" not in tokenizer
 
 
+def test_lars_is_planned_as_it_can_run(capsys):
+    """Whole tensors in float32: no other configuration is offered."""
+    lars = "optimizer={name: lars, base_lr: 0.3, min_lr: 0.0, weight_decay: 0.0, momentum: 0.9, trust: 0.1, clip: null}"
+    shown = plan(capsys, "digits_mage", "batch=64", lars, "--gpus", 8, "--gpu-memory", 80)
+    assert "zero1" not in shown and "zero3" not in shown
+    assert "--precision float32" in shown and "--deepspeed_config zero0" in shown
+    count = int(shown.partition("parameters   ")[2].split()[0].replace(",", ""))
+    assert f"disk         {8 * count / GIB:.2f} GiB a checkpoint" in shown  # a weight and its momentum
+
+
 def test_of_a_decoder(capsys):
     shown = plan(capsys, "digits_class_conditional", "batch=64", "--gpus", 8, "--gpu-memory", 80)
     assert "parameters   433,794\n" in shown  # the decoder's: 2 blocks of 128, positions, head, and 11 labels
