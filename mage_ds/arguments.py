@@ -270,6 +270,36 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for results.json; any number of processes may share it")
 
 
+def fewshot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="RUN",
+        help="a run, an export or a file of the authors'; timm:NAME[:FILE] or mae:FILE: a model of others",
+    )
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="DATA", help="folders with train/ and val/ of classes"
+    )
+    parser.add_argument(
+        "--shots", type=_each(_count), default=[1, 5, 10, 25], metavar="LIST", help="pictures a class (1,5,10,25)"
+    )
+    parser.add_argument(
+        "--trials", type=_count, default=5, metavar="N", help="draws of each, the same for all RUNs (5)"
+    )
+    parser.add_argument("--seed", type=_number(int, 0), default=0, help="of the draws (0)")
+    parser.add_argument(
+        "--size",
+        type=_number(int, 8),
+        metavar="PX",
+        help="of the pictures a RUN is given (256; of smaller ones theirs)",
+    )
+    parser.add_argument("--batch", type=_count, default=64, metavar="B", help="pictures computed together (64)")
+    parser.add_argument(
+        "--threads", type=_number(int, 1, 1024), default=1, metavar="N", help="CPU threads of one process (1)"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for results; features in it are used again")
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN", help="a run's folder; or an export, or a file of the authors'")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for it")

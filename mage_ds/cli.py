@@ -308,6 +308,13 @@ _VERBS = {
         arguments.evaluate,
         _evaluate,
     ),
+    "fewshot": _Verb(
+        "accuracy with a few labelled pictures a class, of several models on several data sets: a table and a plot",
+        "  mage-ds fewshot work/mage --data work/digits --out work/fewshot\n"
+        "  deepspeed --module mage_ds fewshot RUN mae:mae_pretrain_vit_large.pth --data FOOD101 PETS --out work/fig2",
+        arguments.fewshot,
+        lambda args: _task("fewshot", "fewshot", **vars(args)),
+    ),
     "export": _Verb(
         "write a trained model as safetensors with a model card, or in the authors' layout",
         "  mage-ds export work/mage --out work/handed_on --dtype bf16 --licence cc-by-4.0\n"
