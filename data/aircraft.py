@@ -10,18 +10,18 @@ import archives
 from archives import DataSet, Picture
 
 _FOLDER = "fgvc-aircraft-2013b/data"
-_LISTS = {"trainval": "train", "test": "val"}  # lines such as 1025794 707-320: picture, variant
+_LISTS = {f"{_FOLDER}/images_variant_{name}.txt": split for name, split in (("trainval", "train"), ("test", "val"))}
 
 
 def pictures(files: list[Path]) -> tuple[int, Iterator[Picture]]:
-    names = {f"{_FOLDER}/images_variant_{name}.txt": split for name, split in _LISTS.items()}
-    found = archives.texts(files[0], names)
-    wanted = {}
-    for name, split in names.items():
-        for line in archives.lines(found[name]):
-            picture, _, variant = line.partition(" ")
-            wanted[f"{_FOLDER}/images/{picture}.jpg"] = (split, variant)
+    wanted = archives.by_lists(files[0], _LISTS, _place)
     return len(wanted), archives.picked(files[0], wanted)
+
+
+def _place(line: str) -> tuple[str, str]:
+    """1025794 707-320: picture, variant"""
+    picture, _, variant = line.partition(" ")
+    return f"{_FOLDER}/images/{picture}.jpg", variant
 
 
 AIRCRAFT = DataSet("FGVC-Aircraft", {"fgvc-aircraft-2013b.tar.gz": "d4acdd33327262359767eeaa97a4f732"}, pictures)

@@ -122,6 +122,19 @@ def picked(path: Path, wanted: Mapping[str, tuple[str, str]], within: str | None
         raise UserError(f"{path}: lacks {min(left)} and {len(left) - 1:,} more pictures of its lists")
 
 
+def by_lists(
+    path: Path, lists: Mapping[str, str], place: Callable[[str], tuple[str, str]]
+) -> dict[str, tuple[str, str]]:
+    """What `picked` takes, by the data set's own lists. lists: member -> split; place(line): the picture's member and
+    its class."""
+    found, wanted = texts(path, lists), {}
+    for name, split in lists.items():
+        for line in lines(found[name]):
+            member, label = place(line)
+            wanted[member] = (split, label)
+    return wanted
+
+
 def lines(data: bytes) -> list[str]:
     """Those of a list of pictures, without empty ones."""
     return [line for line in map(str.strip, data.decode("utf-8", "replace").splitlines()) if line]

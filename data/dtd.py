@@ -6,17 +6,17 @@ from pathlib import Path
 import archives
 from archives import DataSet, Picture
 
-_LISTS = {"train1": "train", "val1": "train", "test1": "val"}  # lines such as banded/banded_0002.jpg
+_LISTS = {f"dtd/labels/{name}1.txt": split for name, split in (("train", "train"), ("val", "train"), ("test", "val"))}
 
 
 def pictures(files: list[Path]) -> tuple[int, Iterator[Picture]]:
-    names = {f"dtd/labels/{name}.txt": split for name, split in _LISTS.items()}
-    found = archives.texts(files[0], names)
-    wanted = {}
-    for name, split in names.items():
-        for line in archives.lines(found[name]):
-            wanted[f"dtd/images/{line}"] = (split, line.partition("/")[0])
+    wanted = archives.by_lists(files[0], _LISTS, _place)
     return len(wanted), archives.picked(files[0], wanted)
+
+
+def _place(line: str) -> tuple[str, str]:
+    """banded/banded_0002.jpg"""
+    return f"dtd/images/{line}", line.partition("/")[0]
 
 
 DTD = DataSet("DTD", {"dtd-r1.0.1.tar.gz": "fff73e5086ae6bdbea199a49dfb8a4c1"}, pictures)

@@ -6,16 +6,17 @@ from pathlib import Path
 import archives
 from archives import DataSet, Picture
 
-_LISTS = {"food-101/meta/train.txt": "train", "food-101/meta/test.txt": "val"}  # lines such as apple_pie/1005649
+_LISTS = {"food-101/meta/train.txt": "train", "food-101/meta/test.txt": "val"}
 
 
 def pictures(files: list[Path]) -> tuple[int, Iterator[Picture]]:
-    found = archives.texts(files[0], _LISTS)
-    wanted = {}
-    for name, split in _LISTS.items():
-        for line in archives.lines(found[name]):
-            wanted[f"food-101/images/{line}.jpg"] = (split, line.partition("/")[0])
+    wanted = archives.by_lists(files[0], _LISTS, _place)
     return len(wanted), archives.picked(files[0], wanted)
+
+
+def _place(line: str) -> tuple[str, str]:
+    """apple_pie/1005649"""
+    return f"food-101/images/{line}.jpg", line.partition("/")[0]
 
 
 FOOD101 = DataSet("Food-101", {"food-101.tar.gz": "85eeb15f3717b99a5da872d97d918f87"}, pictures)

@@ -6,18 +6,19 @@ from pathlib import Path
 import archives
 from archives import DataSet, Picture
 
-_LISTS = {"annotations/trainval.txt": "train", "annotations/test.txt": "val"}  # lines such as Abyssinian_100 1 1 1
+_LISTS = {"annotations/trainval.txt": "train", "annotations/test.txt": "val"}
 
 
 def pictures(files: list[Path]) -> tuple[int, Iterator[Picture]]:
     images, annotations = files
-    found = archives.texts(annotations, _LISTS)
-    wanted = {}
-    for name, split in _LISTS.items():
-        for line in archives.lines(found[name]):
-            picture = line.split()[0]
-            wanted[f"images/{picture}.jpg"] = (split, picture.rpartition("_")[0])
+    wanted = archives.by_lists(annotations, _LISTS, _place)
     return len(wanted), archives.picked(images, wanted)
+
+
+def _place(line: str) -> tuple[str, str]:
+    """Abyssinian_100 1 1 1"""
+    picture = line.split()[0]
+    return f"images/{picture}.jpg", picture.rpartition("_")[0]
 
 
 PETS = DataSet(
