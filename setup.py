@@ -70,7 +70,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["mage_ds", "mage_ds.*"]),
-    package_data={"mage_ds": ["py.typed"], "mage_ds.recipes": ["*.yaml", "*/*.yaml"]},
+    package_data={"mage_ds": ["py.typed"], "mage_ds.recipes": ["*.yaml", "*/*.yaml", "*/curves/*.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mage-ds = mage_ds.cli:entry"]},

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 
-_METRICS = ("readable", "fid", "fid_infinity", "is", "kid", "prc")
+_METRICS = ("readable", "top1", "fid", "fid_infinity", "is", "kid", "prc")
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as evaluation.features.FILE, which imports torch
 
 
@@ -56,6 +56,14 @@ def _take_samples(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _take_weights(parser: argparse.ArgumentParser, otherwise: str = "ema") -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help=f"of a run with optimizer.ema: the average of its weights, or what the last update left ({otherwise})",
+    )
+
+
 def _take_decoding(parser: argparse.ArgumentParser, drop: bool = True) -> None:
     decoding = parser.add_argument_group("decoding; without them as the model's recipe says")
     decoding.add_argument("--steps", type=_count, metavar="T", help="decoding iterations")
@@ -102,7 +110,8 @@ def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init",
         metavar="PATH",
-        help="a tokenizer whose weights a new tokenizer begins with; a MAGE whose encoder a model with classes gets",
+        help="a tokenizer whose weights a new one begins with; a MAGE (run, export, file of the authors') whose "
+        "encoder a model with classes, a probe or fine-tuning gets; with model.patch: mae:FILE, timm:NAME",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder; an existing one continues")
     parser.add_argument("--deepspeed_config", metavar="JSON|NAME", help="a JSON file or one of ds_configs/: zero2")
@@ -145,6 +154,7 @@ def sample(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (what DIR was begun with; else the newest)"
     )
+    _take_weights(files, "what DIR was begun with; else ema")
     files.add_argument(
         "--threads", type=_number(int, 1, 1024), default=1, metavar="N", help="CPU threads of one process (1)"
     )
@@ -200,7 +210,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         type=_some(_METRICS),
         metavar="LIST",
         help=f"of {', '.join(_METRICS)} (default: readable; with --features: fid,kid,prc; with --inception: "
-        "fid,is,kid,prc)",
+        "fid,is,kid,prc); top1: of a classifier as SOURCE, on val/",
     )
     made.add_argument("--inception", metavar="FILE", help=f"Inception's weights: {_INCEPTION}, of torch-fidelity")
     made.add_argument(
@@ -227,6 +237,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     drawn.add_argument("--seed", type=_number(int, 0), help="start of the noise (0)")
     drawn.add_argument("--precision", choices=("auto", "bf16", "float32"), help="of the MAGE (float32)")
     drawn.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (the newest)")
+    _take_weights(drawn)
     drawn.add_argument("--round", action="store_true", help="round pixels (the published code truncates them)")
     _take_decoding(parser)
     drawn.add_argument(
@@ -300,6 +311,34 @@ def fewshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for results; features in it are used again")
 
 
+def sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a table, or a .yaml file; without it: lists them")
+    parser.add_argument(
+        "--scale", choices=("paper", "digits"), default="paper", help="digits: tiny recipes, from nothing (paper)"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for runs and tables; several tables may share it")
+    given = parser.add_argument_group("what is given, once for a DIR: it is known from then on")
+    given.add_argument("--data", metavar="DATA", help="pictures that all is trained on")
+    given.add_argument("--tokenizer", metavar="PATH", help="a trained tokenizer")
+    given.add_argument("--inception", metavar="FILE", help=f"{_INCEPTION}; without it FID is left out")
+    given.add_argument("--models", metavar="FOLDER", help="files of others by their published names, such as MAE's")
+    given.add_argument("--sets", nargs="+", default=[], metavar="DATA", help="data sets of few-shot classification")
+    parser.add_argument("--seeds", type=_count, default=1, metavar="N", help="train all that many times (1)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="labels of rows")
+    how = parser.add_argument_group("how; without them one job after the other, in one process each")
+    how.add_argument(
+        "--launch",
+        default="",
+        metavar="WORDS",
+        help="what starts mage-ds instead: 'deepspeed --num_accelerators 8 --module mage_ds'",
+    )
+    how.add_argument(
+        "--slurm", nargs="?", const="", metavar="OPTIONS", help="submit arrays; --slurm='--partition=gpu': with these"
+    )
+    how.add_argument("--table", action="store_true", help="only tell what is measured so far")
+    how.add_argument("--record", action="store_true", help="only write the curves that later runs are compared with")
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN", help="a run's folder; or an export, or a file of the authors'")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder for it")
@@ -308,6 +347,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         "--layout", choices=("ours", "official"), default="ours", help="safetensors, or one file as the authors' (ours)"
     )
     parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="which checkpoint (the newest)")
+    _take_weights(parser)
     parser.add_argument(
         "--licence", "--license", metavar="TEXT", help="for the model card, such as cc-by-4.0 (unknown)"
     )
@@ -342,32 +382,6 @@ def plan(parser: argparse.ArgumentParser) -> None:
     _take_samples(parser)
 
 
-def bench_scale(parser: argparse.ArgumentParser) -> None:
-    stages, choices = ("0", "1", "2", "3", "2_offload", "3_offload"), ("none", "selective", "full")
-    _take_recipe(parser)
-    parser.add_argument(
-        "--stages", type=_some(stages), default=["1", "2", "3"], metavar="LIST", help=f"of {','.join(stages)} (1,2,3)"
-    )
-    parser.add_argument(
-        "--checkpointing", type=_some(choices), default=list(choices), metavar="LIST", help=f"of {','.join(choices)}"
-    )
-
-
-def bench_listing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", type=_count, default=1_300_000, metavar="N", help="pictures to make (1,300,000)")
-    parser.add_argument("--folders", type=_count, default=1000, metavar="N", help="class folders, or tars (1,000)")
-    parser.add_argument("--dir", default=".", metavar="DIR", help="where; removed afterwards (here)")
-    parser.add_argument("--tars", action="store_true", help="tars with .cls labels instead of hard links in folders")
-
-
-def bench_save(parser: argparse.ArgumentParser) -> None:
-    _take_recipe(parser)
-    parser.add_argument("--dir", dest="where", default=".", metavar="DIR", help="disk to save on; cleaned up (here)")
-    parser.add_argument("--deepspeed_config", default="zero1", metavar="JSON|NAME", help="as of `train` (zero1)")
-    parser.add_argument("--images-per-s", type=_positive, metavar="R", help="of the training: how much saving takes")
-    _take_samples(parser)
-
-
 def tokenize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="folder of pictures, with or without train/ and val/")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a tokenizer's run folder")
@@ -386,47 +400,6 @@ def tokenize(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="the tokenizer's (auto: the recipe's machine.precision, without a recipe as of `train`)",
     )
-
-
-def bench_tokens(parser: argparse.ArgumentParser) -> None:
-    _take_recipe(parser)
-    parser.add_argument("--data", required=True, help="folder of pictures for the live tokenization")
-    parser.add_argument("--images", type=_count, default=16, metavar="N", help="of them at least, on each rank (16)")
-    parser.add_argument("--samples", type=_count, default=100_000, metavar="N", help="of the cache (100,000)")
-    parser.add_argument("--dir", dest="where", default=".", metavar="DIR", help="where it lies; cleaned up (here)")
-
-
-def bench_samplers(parser: argparse.ArgumentParser) -> None:
-    orders = ("confidence", "halton")
-    parser.add_argument("run", metavar="RUN", help="a run's folder; or an export, or a file of the authors'")
-    parser.add_argument("--tokenizer", metavar="PATH", help="where RUN comes without one")
-    parser.add_argument("--checkpoint", type=_number(int, 0), metavar="STEP", help="of a run (the newest)")
-    parser.add_argument("--num", type=_count, default=256, metavar="N", help="pictures of each row (256)")
-    parser.add_argument(
-        "--steps", type=_each(_count), default=[4, 8, 16, 32], metavar="LIST", help="numbers of steps T (4,8,16,32)"
-    )
-    parser.add_argument(
-        "--orders", type=_some(orders), default=list(orders), metavar="LIST", help=f"of {','.join(orders)}"
-    )
-    parser.add_argument(
-        "--drop",
-        type=_each(_number(float, 0, 0.99)),
-        default=[0.0, 0.5],
-        metavar="LIST",
-        help="shares of the tokens that are left out of the encoder while as many are masked (0,0.5)",
-    )
-    parser.add_argument("--reference", metavar="DATA", help="labelled real pictures: adds how many can be read")
-    parser.add_argument("--batch", type=_count, metavar="B", help="pictures computed together (64, or N if fewer)")
-    parser.add_argument(
-        "--precision", choices=("float32", "bf16"), default="float32", help="of the model; choices are in float64"
-    )
-    parser.add_argument("--compile", dest="compiled", action="store_true", help="also time the compiled step")
-
-
-def bench_metrics(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", metavar="DIR", help="for Inception: a folder, tars, npz (made ones of 256 px)")
-    parser.add_argument("--inception", metavar="FILE", help=f"{_INCEPTION} (random weights, which take as long)")
-    parser.add_argument("--images", type=_count, default=64, metavar="N", help="pictures of each round (64)")
 
 
 def checkpoints(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mage_ds
-from mage_ds import arguments
+from mage_ds import arguments, bench_arguments
 from mage_ds.engine import launched
 from mage_ds.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 
@@ -128,18 +128,20 @@ def _train(args: argparse.Namespace) -> None:
         if args.tokenizer:
             raise UserError(f"--tokenizer {args.tokenizer}: recipe {args.recipe} trains a tokenizer, it takes none")
         _task("train_tokenizer", "train_tokenizer", init=args.init, **common)
+    elif recipe.task == "classify":
+        _task("classify", "classify", tokenizer=args.tokenizer, init=args.init, **common)
     elif args.init and recipe.model.classes is None:
         raise UserError(
-            f"--init {args.init}: only a tokenizer begins with given weights, and a model with classes (model.classes) "
-            f"has a given encoder; {args.recipe} trains a whole MAGE: leave it out"
+            f"--init {args.init}: only a tokenizer and a classifier begin with given weights, and a model with classes "
+            f"(model.classes) has a given encoder; {args.recipe} trains a whole MAGE: leave it out"
         )
     else:
         _task("pretrain", "pretrain", tokenizer=args.tokenizer, init=args.init, **common)
 
 
 _FIGURES = ("metrics", "inception", "features", "definition", "kid_subset", "neighbours", "num", "per_class", "keep")
-_FIGURES += ("tokenizer", "class_label", "seed", "precision", "checkpoint", "round", "steps", "temperature", "order")
-_FIGURES += ("data", "token_temperature", "drop", "guidance", "guidance_schedule", "batch", "threads")
+_FIGURES += ("tokenizer", "class_label", "seed", "precision", "checkpoint", "weights", "round", "steps", "temperature")
+_FIGURES += ("data", "token_temperature", "order", "drop", "guidance", "guidance_schedule", "batch", "threads")
 _LATER = tuple(name for name in _FIGURES if name not in ("keep", "checkpoint", "data"))
 
 
@@ -152,6 +154,7 @@ class _Evaluation(NamedTuple):
     called: dict[str, str] = {}  # noqa: RUF012 (never changed)
 
 
+_TOP1 = "reference with --metrics top1"
 _BY_FEATURES, _WATCH = "reference with --inception or --features", "reference with --watch"
 _VERSUS, _SWEEP = "reference with --versus", "reference with --sweep"
 _UNPAIRED = ("definition", "kid_subset", "neighbours", "per_class", "keep", "data")
@@ -161,6 +164,10 @@ _EVALUATIONS = {  # by what says which one is meant
         ("evaluate_tokenizer", "evaluate_tokenizer"),
         ("source", "against", "inception", "lpips_weights"),
         {"source": "tokenizer"},
+    ),
+    _TOP1: _Evaluation(
+        ("evaluate_classifier", "evaluate_classifier"),
+        ("source", "tokenizer", "checkpoint", "weights", "precision", "batch", "threads"),
     ),
     _BY_FEATURES: _Evaluation(("score", "score"), ("source", *_FIGURES)),
     _WATCH: _Evaluation(("score_watch", "watch"), ("source", "every", "patience", *_LATER)),
@@ -208,7 +215,12 @@ def _meant(given: dict) -> tuple[str, str]:
         )
     [said] = modes
     mode, figures = said.replace("_", "-"), set(given.get("metrics", [])) - {"readable"}
-    if said == "reference" and given.pop("watch", False):
+    if said == "reference" and "top1" in figures:
+        if len(figures) > 1 or len(given["metrics"]) > 1:
+            raise UserError("--metrics top1: is of a classifier, the others are of pictures; name it alone")
+        del given["metrics"]
+        mode = _TOP1
+    elif said == "reference" and given.pop("watch", False):
         mode = _WATCH
     elif said == "reference" and "versus" in given:
         mode = _VERSUS
@@ -223,41 +235,41 @@ _BENCHES = {
     "tokens": _Verb(
         "images/s of a training's input from a token cache, and with live tokenization",
         "  mage-ds bench tokens pretrain_vit_base --data work/photos --images 16",
-        arguments.bench_tokens,
+        bench_arguments.bench_tokens,
         lambda args: _task("bench_tokens", "tokens", **vars(args)),
     ),
     "samplers": _Verb(
         "seconds a picture of each way of sampling, the used share of the peak, and what can be read",
         "  mage-ds bench samplers work/mage --num 256 --reference work/digits\n"
         "  mage-ds bench samplers work/mage --steps 20 --orders confidence --drop 0.5 --compile",
-        arguments.bench_samplers,
+        bench_arguments.bench_samplers,
         lambda args: _task("bench_samplers", "samplers", **vars(args)),
     ),
     "metrics": _Verb(
         "the figures of `evaluate` beside torch-fidelity's on the same features, and the time of both",
         "  mage-ds bench metrics\n  mage-ds bench metrics --pictures work/digits --inception FILE",
-        arguments.bench_metrics,
+        bench_arguments.bench_metrics,
         lambda args: _task("bench_metrics", "metrics", **vars(args)),
         alone=True,
     ),
     "listing": _Verb(
         "time and memory of opening a large data set, with and without its cache",
         "  mage-ds bench listing --dir /mnt/data",
-        arguments.bench_listing,
+        bench_arguments.bench_listing,
         lambda args: _task("bench_listing", "listing", **vars(args)),
         alone=True,
     ),
     "save": _Verb(
         "seconds that a checkpoint takes, and its share of the training time",
         "  mage-ds bench save pretrain_vit_base --images-per-s 4000 --dir /mnt/runs",
-        arguments.bench_save,
+        bench_arguments.bench_save,
         lambda args: _task("bench_save", "save", **vars(args)),
     ),
     "scale": _Verb(
         "memory by kind and images/s of real steps, beside what `plan` says",
         "  deepspeed --num_accelerators 2 --module mage_ds bench scale pretrain_vit_base machine.micro_batch=2 \\\n"
         "      --stages 1,2,3 --checkpointing none,full",
-        arguments.bench_scale,
+        bench_arguments.bench_scale,
         lambda args: _task("bench", "scale", **vars(args)),
     ),
 }
@@ -271,8 +283,9 @@ _VERBS = {
         lambda args: _task("prepare", "prepare", **vars(args)),
     ),
     "train": _Verb(
-        "train a tokenizer or a MAGE by a recipe, or a MAGE's decoder that takes labels",
+        "train by a recipe: a tokenizer, a MAGE or its decoder that takes labels, a classifier",
         "  mage-ds train digits_tokenizer --data work/digits --out work/tokenizer\n"
+        "  mage-ds train digits_probe --data work/digits --init work/mage --out work/probe\n"
         "  deepspeed --module mage_ds train pretrain_vit_base batch=1024 duration.epochs=400 \\\n"
         "      --data IMAGENET --tokenizer TOKENIZER --out work/vit_base --deepspeed_config zero2",
         arguments.train,
@@ -295,7 +308,7 @@ _VERBS = {
         alone=True,
     ),
     "evaluate": _Verb(
-        "FID and other figures of a model or of pictures, or how well a tokenizer draws pictures",
+        "FID and other figures of a model or of pictures, accuracy of a classifier, or how well a tokenizer draws",
         "  mage-ds evaluate work/mage --reference work/digits --features run:work/mage --num 5000 --out work/score\n"
         "  deepspeed --module mage_ds evaluate RUN --reference IMAGENET/val --inception FILE --out work/score\n"
         "  mage-ds evaluate --make-reference IMAGENET/val --inception FILE --out work/imagenet_256.npz\n"
@@ -304,6 +317,7 @@ _VERBS = {
         "  mage-ds evaluate work/mage --reference work/digits --features run:work/mage --sweep steps=8,12,16\n"
         "  mage-ds evaluate work/mage --reference work/digits --features run:work/mage --versus steps=8 temperature=3\n"
         "  mage-ds evaluate work/samples --reference work/digits --metrics readable --run work/mage\n"
+        "  mage-ds evaluate work/probe --reference work/digits --metrics top1\n"
         "  mage-ds evaluate work/tokenizer --data ~/pictures --against work/digits",
         arguments.evaluate,
         _evaluate,
@@ -314,6 +328,15 @@ _VERBS = {
         "  deepspeed --module mage_ds fewshot RUN mae:mae_pretrain_vit_large.pth --data FOOD101 PETS --out work/fig2",
         arguments.fewshot,
         lambda args: _task("fewshot", "fewshot", **vars(args)),
+    ),
+    "sweep": _Verb(
+        "make a table of the paper: all its trainings and measurements, and the table beside the published one",
+        "  mage-ds sweep table8 --scale digits --out work/table8\n"
+        "  mage-ds sweep table6 --data IMAGENET --tokenizer TOKENIZER --inception FILE --out work/paper --slurm\n"
+        "  mage-ds sweep table6 --out work/paper --table",
+        arguments.sweep,
+        lambda args: _task("sweep", "sweep", **vars(args)),
+        alone=True,
     ),
     "export": _Verb(
         "write a trained model as safetensors with a model card, or in the authors' layout",

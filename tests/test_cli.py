@@ -118,7 +118,9 @@ def test_init(calls, capsys):
     assert cli.main(["train", "tokenizer_finetune", "--data", "P", "--out", "R", "--init", "T"]) == 0
     assert calls.pop()[2]["init"] == "T"
     assert cli.main(["train", "digits_mage", "--data", "P", "--tokenizer", "T", "--out", "R", "--init", "M"]) == 2
-    assert "--init M: only a tokenizer begins with given weights" in capsys.readouterr().err and not calls
+    assert (
+        "--init M: only a tokenizer and a classifier begin with given weights" in capsys.readouterr().err and not calls
+    )
     assert cli.main(["train", "digits_class_conditional", "--data", "P", "--out", "R", "--init", "M"]) == 0
     assert (calls[0][0], calls[0][2]["init"], calls[0][2]["tokenizer"]) == ("pretrain", "M", None)
 
@@ -141,7 +143,7 @@ def test_other_verbs(calls, front):
     sample = {"run": "R", "num": 3, "out": "D", "steps": None, "temperature": 0.0, "seed": 0, "batch": None}
     sample |= {"checkpoint": None, "threads": 2, "round": True, "tokenizer": None, "class_label": "0..9"}
     sample |= {"token_temperature": None, "order": "halton", "drop": None, "guidance": None, "guidance_schedule": None}
-    sample |= {"format": "npz", "precision": "float32", "movie": False}
+    sample |= {"format": "npz", "precision": "float32", "movie": False, "weights": None}
     edit = {"run": "R", "pictures": ["a.png", "b.png"], "region": ["inpaint:1,2,3,4", "m.png"], "out": "D"}
     edit |= {"tokenizer": None, "variants": 4, "class_label": "2,0", "seed": 0, "composite": True, "feather": 4}
     edit |= {"show_mask": False, "steps": None, "temperature": None, "guidance": None, "batch": None}
@@ -202,7 +204,7 @@ def test_what_the_help_repeats():
     from mage_ds.tasks import evaluate
 
     assert arguments._INCEPTION == features.FILE
-    assert (*evaluate.METRICS, *figures.METRICS) == arguments._METRICS
+    assert (*evaluate.METRICS, "top1", *figures.METRICS) == arguments._METRICS
 
 
 # ---- mistakes

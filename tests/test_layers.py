@@ -23,7 +23,8 @@ LAYERS = {
     "engine": 4,
     "pretrained": 5,
     "tasks": 6,
-    "arguments": 6,
+    "arguments": 5,
+    "bench_arguments": 6,
     "cli": 7,
     "__main__": 8,
 }

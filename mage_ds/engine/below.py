@@ -11,6 +11,7 @@ from mage_ds.errors import UserError
 from mage_ds.inputs.token_cache import TokenCache, brief
 from mage_ds.models import Encoder, PixelViT, Vqgan
 from mage_ds.recipes.schema import Recipe
+from mage_ds.recipes.sections import Inputs
 
 
 def sizes(info: dict) -> dict:
@@ -166,6 +167,12 @@ def refuse_others(cache: TokenCache, recipe: Recipe, tokenizer_hash: str, tokeni
             f"--data {cache.root}: its tokens were made of pictures cut otherwise than the recipe says ({what}); make "
             "others with `mage-ds tokenize --recipe RECIPE`, or change the recipe: inputs.KEY=VALUE"
         )
+    refuse_changed(recipe.inputs, f"--data {cache.root}")
+    if cache.views < recipe.views:
+        raise UserError(
+            f"--data {cache.root}: has one view of a picture, objective = {recipe.objective} compares two; make "
+            "another with `mage-ds tokenize --views 10`, or train on the pictures"
+        )
     bad = 1 - float(cache.valid.all(axis=1).mean())
     if bad > recipe.inputs.broken_limit:
         raise UserError(
@@ -173,8 +180,19 @@ def refuse_others(cache: TokenCache, recipe: Recipe, tokenizer_hash: str, tokeni
             f"{recipe.inputs.broken_limit:g} allows ({cache.root / 'quarantine.jsonl'} lists them); raise the limit"
         )
     seed = "" if made["seed"] == recipe.seed else f" of seed {made['seed']}"
-    views = f"{cache.views} views{seed}, one an epoch in turn" if cache.views > 1 else f"one view{seed}"
+    each = ("one", "two")[recipe.views - 1]
+    views = f"{cache.views} views{seed}, {each} an epoch in turn" if cache.views > 1 else f"one view{seed}"
     process.say(f"tokens of {cache.root}: {views}, made in {made['dtype']} in batches of {made['batch']}")
+
+
+def refuse_changed(inputs: Inputs, where: str) -> None:
+    """UserError where a recipe changes pictures otherwise than by cutting and mirroring, all that a cache holds."""
+    changed = {"colour": inputs.colour is not None, "policy": inputs.policy, "crop = clamped": inputs.crop == "clamped"}
+    if keys := [key for key, yes in changed.items() if yes]:
+        raise UserError(
+            f"{where}: the recipe's inputs.{keys[0]} changes pictures in more ways than a token cache has views of; "
+            "train on the pictures"
+        )
 
 
 def warn_of_dtype(cache: TokenCache, precision: str) -> None:

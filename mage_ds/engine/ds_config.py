@@ -168,6 +168,8 @@ def share(recipe: Recipe, world: int, largest: int) -> Share:
         )
     each = batch // world
     divisors = [size for size in range(1, each + 1) if each % size == 0]
+    if contrast := getattr(recipe, "contrastive", None):
+        return Share(batch, _contrasted(contrast.images, micro, world), batch // contrast.images, world)
     if micro == "auto":
         micro = max(size for size in divisors if size <= max(1, largest))
     if each % micro:
@@ -177,6 +179,23 @@ def share(recipe: Recipe, world: int, largest: int) -> Share:
             f"(batch {batch} over {world} ranks); choose {', '.join(map(str, near))} or auto"
         )
     return Share(batch, micro, each // micro, world)
+
+
+def _contrasted(images: int, micro: int | str, world: int) -> int:
+    """The micro batch with which the ranks contrast `images` pictures: their number decides what is learned."""
+    if images % world:
+        most = max(size for size in range(1, world) if images % size == 0)
+        raise UserError(
+            f"contrastive.images = {images}: does not divide over {world} ranks; choose {most} ranks or another number "
+            f"that divides it (contrastive.images={images - images % world or world} would be another training)"
+        )
+    if micro not in ("auto", images // world):
+        raise UserError(
+            f"--micro-batch {micro}: with {world} ranks {micro * world} pictures would be contrasted, "
+            f"contrastive.images is {images}; choose {images // world} or auto"
+            + (f", or {images // micro} ranks" if images % micro == 0 else "")
+        )
+    return images // world
 
 
 def in_force(path: Path, config: dict, share: Share, *, clip: float | None, precision: str) -> dict:

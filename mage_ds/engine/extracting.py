@@ -21,6 +21,7 @@ from mage_ds.evaluation.feature_set import FeatureSet
 from mage_ds.report.progress import counter
 from mage_ds.sampling.claims import Claims
 
+_VERSIONS = ("torch", "numpy", "pillow", "timm", "torch-fidelity")  # of what reads pictures, and of the networks
 _AHEAD = 2  # tiles that are being read, or wait for the extractor
 _LOOK_S = 0.5  # seconds between two looks at what other processes do
 _COUNT_S = 2  # seconds between two counts of what all have done
@@ -37,7 +38,7 @@ def settings_of(source: Source, extractor: Extractor) -> dict:
         "logits": extractor.logits,
         "device": process.device_name(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "pillow")},
+        "versions": {name: metadata.version(name) for name in _VERSIONS},
         "source": source.facts,
     }
 

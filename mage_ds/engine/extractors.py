@@ -42,7 +42,9 @@ def open_extractor(inception: Path | None = None, features: str | None = None) -
     Raises: UserError.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if (inception is None) == (features is None):
+    if inception is not None and features is not None:
+        raise UserError(f"--inception {inception} and --features {features}: are two extractors; leave one out")
+    if inception is None and features is None:
         raise UserError(f"features of which network? give either --inception FILE or --features {_KINDS}")
     if inception is not None:
         return _inception(Path(inception))

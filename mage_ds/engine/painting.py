@@ -25,8 +25,9 @@ class Choice(NamedTuple):
     """What pictures are made of.
 
     opened: the model, with a tokenizer; labels: picture i is asked to be the i-th of them, in turn; None: of no class;
-    settings: as JSON takes them, all that the pictures depend on: run, checkpoint, weights, tokenizer (SHA-256), seed,
-    the fields of a recipe's `sampling`, class_label, classes, precision, rounding, device, versions, batch, threads.
+    settings: as JSON takes them, all that the pictures depend on: run, checkpoint, weights, tokenizer (SHA-256),
+    weights_of ("ema" or "raw" of a run that keeps an average, else None), seed, the fields of a recipe's `sampling`,
+    class_label, classes, precision, rounding, device, versions, batch, threads.
     """
 
     opened: stored.Stored
@@ -45,8 +46,8 @@ def choose(
     precision: str,
     rounded: bool,
     checkpoint: int | None,
+    weights: str | None,
     begun: dict,
-    purpose: str,
 ) -> Choice:
     """Opens a model and settles how it is sampled from. All ranks call it, after `process.start` with their threads.
 
@@ -54,8 +55,8 @@ def choose(
     class-conditional model, what `labels.parse` reads, by default all classes in turn; given: fields of a recipe's
     `sampling` that are wanted otherwise than the model's; batch: pictures computed together; precision: of the model,
     "float32", "bf16" or "auto"; rounded: nearest 8-bit values instead of the published truncation; checkpoint: of a
-    run, by default that of `begun`, settings of what is to be continued, else the newest; it is pinned, so that a
-    training that goes on keeps it, with `purpose` as the reason: "sampled into OUT".
+    run, by default that of `begun`, settings of what is to be continued, else the newest; weights: of a run that keeps
+    an average of them, "ema" or "raw", by default those of `begun`, else the average.
     Raises: UserError for a model that cannot be opened or makes no pictures, or a value that it cannot be given.
     """
     import torch
@@ -63,12 +64,13 @@ def choose(
     if precision not in _PRECISIONS:
         raise UserError(f"--precision {precision}: must be one of {', '.join(_PRECISIONS)}")
     device = process.start().device
-    opened, step = _open(Path(run), tokenizer, checkpoint, begun.get("checkpoint"), purpose)
+    opened, step = _open(Path(run), tokenizer, checkpoint, weights, begun)
     asked = _asked(opened, class_label, run)
     settings = {
         "run": str(Path(run).resolve()),
         "checkpoint": step,
         "weights": stored.weights_hash(opened.mage.state_dict()),
+        "weights_of": opened.weights,
         "tokenizer": stored.weights_hash(opened.tokenizer.state_dict()),
         "seed": seed,
         **_sampling(opened, given, run),
@@ -82,6 +84,18 @@ def choose(
         "threads": torch.get_num_threads(),
     }
     return Choice(opened, asked, settings)
+
+
+def pin(choice: Choice, why: str) -> None:
+    """Has a training that goes on keep the run's checkpoint, because of `why`: "sampled into OUT". For all ranks."""
+    if (folder := folder_of(choice)) and not process.on_first(lambda: retention.pin(folder, why)):
+        process.say(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it")
+
+
+def folder_of(choice: Choice) -> Path | None:
+    """Of the run's checkpoint; None where the model is of no run."""
+    step = choice.settings["checkpoint"]
+    return None if step is None else retention.folder_of(Path(choice.settings["run"]), step)
 
 
 def otherwise(choice: Choice, given: dict) -> Choice:
@@ -136,21 +150,19 @@ def _fitting(batch: int) -> Iterator[None]:
         raise UserError(f"--batch {batch}: the memory of {where} does not hold so many pictures; {remedy}") from None
 
 
-def _open(run: Path, tokenizer, checkpoint, begun: int | None, purpose: str) -> tuple[stored.Stored, int | None]:
-    """The model, and of a run the step of its checkpoint, which is pinned; begun: the step that is continued with."""
+def _open(run: Path, tokenizer, checkpoint, weights: str | None, begun: dict) -> tuple[stored.Stored, int | None]:
+    """The model, and of a run the step of its checkpoint."""
     step = checkpoint
     if (run / "recipe.yaml").is_file():
-        if step is None and begun is not None and retention.folder_of(run, begun).is_dir():
-            step = begun
-        folder = process.on_first(lambda: retention.find(run, step))
-        step = retention.step_of(folder)
-    opened = stored.open_model(run, tokenizer, step)
+        before = begun.get("checkpoint")
+        if step is None and before is not None and retention.folder_of(run, before).is_dir():
+            step = before
+        step = retention.step_of(process.on_first(lambda: retention.find(run, step)))
+    opened = stored.open_model(run, tokenizer, step, weights or begun.get("weights_of"))
     if opened.kind != "mage":
         raise UserError(f"{run}: is a {opened.kind}, which makes no pictures; give a MAGE's run, export or file")
     if opened.tokenizer is None:
         raise UserError(f"{run}: comes without a tokenizer; give the one that it was trained with: --tokenizer PATH")
-    if step is not None and not process.on_first(lambda: retention.pin(folder, purpose)):
-        process.say(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it")
     return opened, step
 
 

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mage_ds.engine import wrap
 from mage_ds.engine.memory import Live
-from mage_ds.interop.parts import ENCODER
-from mage_ds.models import Decoder, Encoder, Mage, Vqgan
+from mage_ds.interop import parts
+from mage_ds.models import ContrastiveEncoder, Decoder, Encoder, Mage, MageC, PixelViT, ProbeHead, Vqgan
 from mage_ds.models.adversary import Lpips, PatchGAN
+from mage_ds.models.contrastive import info_nce
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import masks
-from mage_ds.recipes.schema import PretrainRecipe, Recipe
+from mage_ds.recipes.schema import ClassifyRecipe, PretrainRecipe, Recipe, TokenizerRecipe
 from mage_ds.recipes.sections import VqganModel
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -76,33 +77,57 @@ def largest_micro_batch(bytes_per_image: float, device: torch.device, local_worl
 
 
 def model_of(recipe: Recipe) -> torch.nn.Module:
-    """The model that the recipe trains, without initial values, on torch's default device: where it has classes, the
-    decoder alone."""
+    """The model that the recipe trains, without initial values, on torch's default device: of a MAGE with classes the
+    decoder alone, of a linear probe the head."""
     numbers = recipe.model.model_dump()
-    if not isinstance(recipe, PretrainRecipe):
+    if isinstance(recipe, TokenizerRecipe):
         return Vqgan(**numbers)
+    if isinstance(recipe, ClassifyRecipe):
+        if recipe.protocol == "probe":
+            return ProbeHead(width=recipe.model.encoder.width, classes=numbers["classes"], head_std=numbers["head_std"])
+        kind, numbers = parts.numbers(recipe)
+        return parts.MODELS[kind](**numbers)
+    if recipe.contrastive:
+        projection = recipe.contrastive.model_dump(include={"hidden", "hidden_layers", "out"})
+        if recipe.objective == "both":
+            return MageC(projection=projection, **numbers)
+        return ContrastiveEncoder(projection=projection, **{key: numbers[key] for key in parts.ENCODER})
     if recipe.model.classes is None:
         return Mage(**numbers)
     return Decoder(width=recipe.model.encoder.width, **{key: numbers[key] for key in _DECODER})
 
 
-def encoder_of(recipe: Recipe) -> Encoder | None:
+def encoder_of(recipe: Recipe) -> Encoder | PixelViT | None:
     """The frozen encoder below the trained model, where there is one; as `model_of`."""
-    if not isinstance(recipe, PretrainRecipe) or recipe.model.classes is None:
+    numbers = recipe.model.model_dump()
+    if isinstance(recipe, ClassifyRecipe):
+        if recipe.protocol != "probe":
+            return None
+        if recipe.model.patch:
+            return PixelViT(image_size=recipe.inputs.image_size, **{key: numbers[key] for key in ("encoder", "patch")})
+        numbers["codes"] = recipe.tokenizer.codes
+    elif not isinstance(recipe, PretrainRecipe) or recipe.model.classes is None:
         return None
-    return Encoder(**recipe.model.model_dump(include=set(ENCODER)))
+    return Encoder(**{key: numbers[key] for key in parts.ENCODER})
+
+
+def _encode(recipe: Recipe, encoder, images: int, device) -> torch.Tensor:
+    """What a step asks of the frozen encoder, of made inputs in torch's default dtype."""
+    if isinstance(recipe, PretrainRecipe):
+        return encoder(*_masked_tokens(recipe, images, device))
+    return encoder.features(_whole(recipe, images, device, torch.get_default_dtype()))
 
 
 def tokenizer_of(recipe: Recipe) -> VqganModel | None:
     """The frozen tokenizer beside the trained model, where there is one."""
-    return recipe.tokenizer if isinstance(recipe, PretrainRecipe) else None
+    return None if isinstance(recipe, TokenizerRecipe) else recipe.tokenizer
 
 
 def judges_of(recipe: Recipe) -> list[tuple[torch.nn.Module, Callable]]:
     """What looks at a tokenizer's reconstructions beside their pixels, on torch's default device: the network, and its
     call on (pictures, reconstructions)."""
     found = []
-    if isinstance(recipe, PretrainRecipe):
+    if not isinstance(recipe, TokenizerRecipe):
         return found
     if recipe.loss.perceptual:
         lpips = Lpips()
@@ -135,15 +160,36 @@ def tokenizer_step_bytes(recipe: Recipe) -> int:
 
 def loss_on_made_inputs(recipe: Recipe, model, images: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:
     """The recipe's loss of `images` inputs with random values; `model`: plain, or an engine around it."""
-    if not isinstance(recipe, PretrainRecipe):
+    if isinstance(recipe, ClassifyRecipe):
+        return F.cross_entropy(*classified(recipe, model, images, dtype, device))
+    if isinstance(recipe, TokenizerRecipe):
         pictures = _pictures(recipe, images, device, torch.float32)
         drawn, _, codebook, commitment = model(pictures.to(dtype))
         l1 = (drawn.float() - pictures).abs().mean(dim=(1, 2, 3))
         weights = recipe.loss
         return (weights.l1 * l1 + weights.codebook * codebook + weights.commitment * commitment).mean()
+    if recipe.contrastive:
+        return _contrast(recipe, model, images, device)
     logits, tokens, masked = mage_on_made_inputs(recipe, model, images, dtype, device)
     losses, _ = token_loss(logits, tokens, masked, recipe.label_smoothing)
     return losses.mean()
+
+
+def _contrast(recipe: PretrainRecipe, model, images: int, device) -> torch.Tensor:
+    """Of two views of each picture, all of which count, with what a rank has of the contrast alone."""
+    tokens, masked, keep = _masked_tokens(recipe, 2 * images, device)
+    counted = torch.ones(2 * images, device=device)
+    made = model(tokens, masked, keep, counted, _alone)
+    logits, views = made if recipe.objective == "both" else (None, made)
+    temperature = recipe.contrastive.temperature
+    loss, _, _ = info_nce(views, counted[:images], temperature=temperature, gathered=_alone)
+    if logits is None:
+        return loss
+    return loss + token_loss(logits, tokens, masked, recipe.label_smoothing)[0].mean()
+
+
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def mage_on_made_inputs(recipe: PretrainRecipe, model, images: int, dtype: torch.dtype, device):
@@ -157,9 +203,28 @@ def mage_on_made_inputs(recipe: PretrainRecipe, model, images: int, dtype: torch
     return model(x, masked, keep, words, labels), tokens, masked
 
 
-def _masked_tokens(recipe: PretrainRecipe, images: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random tokens and masks: int64 (images, N), bool (images, N), and what the encoder keeps."""
+def classified(recipe: ClassifyRecipe, model, images: int, dtype: torch.dtype, device):
+    """Class scores of the trained model, a probe's from made features of a frozen encoder; labels for them."""
+    labels = torch.randint(recipe.model.classes, (images,), device=device)
+    if recipe.protocol == "probe":
+        return model(torch.rand(images, recipe.model.encoder.width, device=device, dtype=dtype)).float(), labels
+    return model(_whole(recipe, images, device, dtype)).float(), labels
+
+
+def _whole(recipe: ClassifyRecipe, images: int, device, dtype: torch.dtype) -> torch.Tensor:
+    """What a classifier sees of whole pictures: tokens, or pixels."""
+    if recipe.tokenizer is None:
+        return _pictures(recipe, images, device, dtype)
+    return torch.randint(recipe.tokenizer.codes, (images, recipe.model.tokens), device=device)
+
+
+def _masked_tokens(
+    recipe: PretrainRecipe, images: int, device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Random tokens and masks: int64 (images, N), bool (images, N), and what the encoder keeps (None: all)."""
     tokens = torch.randint(recipe.model.codes, (images, recipe.model.tokens), device=device)
+    if recipe.masking is None:
+        return tokens, torch.zeros_like(tokens, dtype=torch.bool), None
     noise = torch.rand(images, recipe.model.tokens, dtype=torch.float64, device=device)
     ratio = torch.full((images,), recipe.masking.high, dtype=torch.float64, device=device)
     return tokens, *masks(noise, ratio, recipe.masking.drop)
@@ -178,13 +243,13 @@ def flops_per_image(recipe: Recipe, *, cached: bool = False) -> int:
     cent at the paper's size, and from its start on only.
     """
     with torch.device("meta"):
-        model, tokenizer, encoder = model_of(recipe), tokenizer_of(recipe), encoder_of(recipe)
+        model, tokenizer, encoder = model_of(recipe).eval(), tokenizer_of(recipe), encoder_of(recipe)
         count = 3 * forward_flops(lambda: loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"))
         if encoder is not None:
-            count += forward_flops(lambda: encoder(*_masked_tokens(recipe, 1, "meta")))
+            count += forward_flops(lambda: _encode(recipe, encoder, 1, "meta"))
         if tokenizer is not None and not cached:
-            vqgan, picture = Vqgan(**tokenizer.model_dump()), _pictures(recipe, 1, "meta", torch.float32)
-            count += forward_flops(lambda: vqgan.encode(picture))
+            vqgan, views = Vqgan(**tokenizer.model_dump()), _pictures(recipe, recipe.views, "meta", torch.float32)
+            count += forward_flops(lambda: vqgan.encode(views))
     with _fake(torch.float32):
         real, fake = (_pictures(recipe, 1, "cpu", torch.float32) for _ in range(2))
         looks = [look for judge, look in judges_of(recipe) if isinstance(judge, Lpips)]
@@ -230,10 +295,13 @@ def frozen_calls(recipe: Recipe, dtype: torch.dtype) -> dict[str, tuple[torch.nn
     called, without initial values: the module, and what a step asks of it for a number of images."""
     found, tokenizer, encoder = {}, tokenizer_of(recipe), encoder_of(recipe)
     if encoder is not None:
-        found["encoder"] = encoder.eval(), lambda n: encoder(*_masked_tokens(recipe, n, "cpu"))
+        found["encoder"] = encoder.eval(), lambda n: _encode(recipe, encoder, n, "cpu")
     if tokenizer is not None:
-        vqgan = Vqgan(**tokenizer.model_dump())
-        found["tokenizer"] = vqgan, lambda n: vqgan.tokenize(_pictures(recipe, n, "cpu", torch.float32).to(dtype))
+        vqgan, views = Vqgan(**tokenizer.model_dump()), recipe.views
+        found["tokenizer"] = (
+            vqgan,
+            lambda n: vqgan.tokenize(_pictures(recipe, views * n, "cpu", torch.float32).to(dtype)),
+        )
     return found
 
 
@@ -259,9 +327,9 @@ def _line(few: float, more: float) -> Line:
 
 def _shallow(recipe: Recipe) -> Recipe:
     """With two blocks in each stack at most: what a block's backward pass takes does not depend on their number."""
-    if not isinstance(recipe, PretrainRecipe):
+    if isinstance(recipe, TokenizerRecipe):
         return recipe
-    stacks = {name: getattr(recipe.model, name) for name in ("encoder", "decoder")}
+    stacks = {name: getattr(recipe.model, name) for name in ("encoder", "decoder") if hasattr(recipe.model, name)}
     less = {name: stack.model_copy(update={"depth": min(2, stack.depth)}) for name, stack in stacks.items()}
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=less)})
 

@@ -12,7 +12,7 @@ from mage_ds.engine import checkpoint, process, retention, run_folder, state
 from mage_ds.engine.spikes import MOST_REWINDS, Rule
 from mage_ds.errors import UserError
 from mage_ds.recipes.schema import Recipe
-from mage_ds.report import grids
+from mage_ds.report import bands, grids
 from mage_ds.report.progress import Progress
 from mage_ds.report.tensorboard import Board
 
@@ -33,7 +33,7 @@ class Run:
             what: recipes.resolve(getattr(recipe.report, f"{what}_every"), samples=dataset, batch=recipe.batch)
             for what in ("evaluate", "pictures", "checkpoint")
         }
-        self._progress = self._metrics = self._board = None
+        self._progress = self._metrics = self._board = self._band = None
 
     @property
     def position(self) -> int:
@@ -85,6 +85,9 @@ class Run:
         with _written(self.path):
             self._metrics = open(self.path / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             self._board = Board(self.path / "tensorboard", purge_step=self.step + 1)
+            self._band = bands.of(self.recipe, self.facts)
+            if self._band:
+                self._progress.say(self._band.about())
             self._status("running")
 
     # --- while it runs ---------------------------------------------------------------------------------------
@@ -154,6 +157,12 @@ class Run:
             self._metrics.write(json.dumps(record) + "\n")
             self._board.scalars(record["step"], {f"train/{key}": value for key, value in record.items()})
             self._progress.show(record)
+            self._compare(record["step"], record)
+
+    def _compare(self, step: int, figures: dict) -> None:
+        """Says where the run leaves the band of finished runs of its recipe, and where it is back."""
+        for line in self._band.look(step, figures) if self._band else ():
+            self._progress.say(line)
 
     def _log_evaluation(self, step: int, figures: dict) -> None:
         if self._first:
@@ -162,6 +171,7 @@ class Run:
             self._board.scalars(step, figures)
             shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items()) or "nothing could be measured"
             self._progress.say(f"step {step:{len(str(self.steps))}d}/{self.steps}  {shown}")
+            self._compare(step, figures)
 
     def _draw(self, step: int, picture) -> None:
         if self._first and picture is not None:

@@ -30,7 +30,7 @@ _HEAD = ("norm.running_mean", "norm.running_var", "linear.weight", "linear.bias"
 def read(run: Path, step: int | None, advance: Callable[[int], object] | None, weights: str | None) -> Parts:
     """The model of a run's checkpoint, memory-mapped and verified. Args: of `stored.open_parts`. Raises: UserError."""
     recipe = run_folder.load_recipe(run)
-    (kind, model), engine = numbers(recipe), _engine(recipe)
+    (kind, model), engine = numbers(recipe), engine_name(recipe)
     found, meta = checkpoint.load_weights(run, engine, step, advance, weights)
     if recipe.task == "pretrain":
         found = {name: value for name, value in found.items() if not name.startswith(_PROJECTION)}
@@ -59,7 +59,8 @@ def read(run: Path, step: int | None, advance: Callable[[int], object] | None, w
     )
 
 
-def _engine(recipe: Recipe) -> str:
+def engine_name(recipe: Recipe) -> str:
+    """The name in a checkpoint of what a recipe trains."""
     if recipe.task == "tokenizer":
         return "tokenizer"
     if recipe.task == "classify":
@@ -84,7 +85,7 @@ def _probed(run: Path, recipe: Recipe, head: dict[str, Tensor], encoder: Parts) 
 def encoder(run: Path) -> Parts | None:
     """The frozen encoder that a probe's run holds, as it was before; None where a run has trained its own."""
     recipe = run_folder.load_recipe(run)
-    if _engine(recipe) != "head":
+    if engine_name(recipe) != "head":
         return None
     parts = frozen(run, "encoder")
     return parts if recipe.tokenizer is None else replace(parts, tokenizer=frozen(run, "tokenizer"))

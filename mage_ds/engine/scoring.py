@@ -3,10 +3,12 @@ and the facts that results.json says of them."""
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from mage_ds.engine import extracting, extractors, painting, process, run_folder, sources
+from mage_ds.engine import extracting, extractors, painting, process, retention, run_folder, sources
 from mage_ds.engine.drawn import Kept, drawn, redrawn
 from mage_ds.errors import UserError
 from mage_ds.evaluation import references, suspicions
@@ -17,8 +19,9 @@ from mage_ds.recipes.sections import Sampling
 from mage_ds.report import passport
 
 _NUM, _BATCH = 50_000, 64
+# What pictures that are there leave as it is.
 _MODELS = {"per_class": None, "tokenizer": None, "class_label": None, "seed": 0, "precision": "float32"}
-_MODELS |= {"checkpoint": None, "round": False, **dict.fromkeys(Sampling.model_fields)}  # what files leave as it is
+_MODELS |= {"checkpoint": None, "weights": None, "round": False, **dict.fromkeys(Sampling.model_fields)}
 _DEFAULTS = {"metrics": None, "inception": None, "features": None, "definition": None, "kid_subset": 1000}
 _DEFAULTS |= {"neighbours": "auto", "num": None, "batch": None, "threads": 1, "data": None, **_MODELS}
 _MACHINE = ("device", "threads")  # of a choice's settings: the passport has them under `machine`
@@ -84,7 +87,7 @@ def open_job(options: dict, out: Path | None, keep: Path | None) -> Job:
     path, remarks, begun = Path(options["source"]), [], _begun(out)
     kept = choice = classes = published = None
     if is_model(path) and options["data"] is None:
-        choice = _choose(options, begun, out)
+        choice = _choose(options, begun)
         num = _number(options, choice)
         if options["num"] is None and options["per_class"] is None:
             process.say(f"{num:,} pictures, as is usual; beside a small reference fewer do: --num N")
@@ -122,9 +125,38 @@ def otherwise(job: Job, sampling: dict, out: Path) -> Job:
     return job._replace(out=out, options=options, source=source, facts=facts, choice=choice)
 
 
+_PIN = "evaluated into "
+_ENDED = ("results.json", "sweep.json")  # one of them is in the folder of an evaluation that has come to its end
+
+
 def purpose(out: Path) -> str:
     """Why a checkpoint is pinned that is evaluated with results in `out`."""
-    return f"evaluated into {out}"
+    return f"{_PIN}{Path(out).resolve()}"
+
+
+@contextmanager
+def pinned(choice: painting.Choice | None, out: Path) -> Iterator[None]:
+    """Has a training that goes on keep a run's checkpoint while it is evaluated into `out`; after an error or a kill
+    too, since the same command goes on then, until another evaluation of the run finds `out` ended or removed."""
+    folder = choice and painting.folder_of(choice)
+    if folder is None:
+        yield
+        return
+    process.on_first(lambda: _unpin_stale(Path(choice.settings["run"])))
+    painting.pin(choice, purpose(out))
+    yield
+    if process.start().first:
+        retention.unpin(folder, purpose(out))
+
+
+def _unpin_stale(run: Path) -> None:
+    for folder in (*(retention.folder_of(run, step) for step in retention.steps(run)), *retention.left(run)):
+        for why in retention.pins(folder):
+            out = Path(why.removeprefix(_PIN))
+            ended = any((out / name).is_file() for name in _ENDED)
+            # Where its parent is not here either, it may lie on another machine's disk.
+            if why.startswith(_PIN) and out.is_absolute() and (ended or (out.parent.is_dir() and not out.exists())):
+                retention.unpin(folder, why)
 
 
 def split_of(data) -> str | None:
@@ -137,36 +169,38 @@ def split_of(data) -> str | None:
 
 def is_model(path: Path) -> bool:
     """Whether it looks like what `stored.open_model` opens."""
-    if path.is_dir():
-        return (path / "recipe.yaml").is_file() or (path / "config.json").is_file()
-    return path.is_file() and path.suffix != ".npz"
+    if path.is_dir():  # pictures may come with somebody's config.json
+        exported = (path / "config.json").is_file() and any(path.glob("model*.safetensors"))
+        return exported or (path / "recipe.yaml").is_file()
+    return path.is_file() and path.suffix not in (".npz", ".tar")
 
 
 def _begun(out: Path | None) -> dict:
-    """Checkpoint and batch that the samples in `out` were begun with."""
+    """What the samples in `out` were begun with: batch, and of a run the checkpoint and which of its weights."""
     folder = Path(out or "") / "features" / "samples"
     if out is None or not (folder / "features.json").is_file():
         return {}
     held = FeatureSet(folder)
-    return {"batch": held.batch, "checkpoint": held.settings.get("source", {}).get("checkpoint")}
+    source = held.settings.get("source", {})
+    return {"batch": held.batch, **{name: source.get(name) for name in ("checkpoint", "weights_of")}}
 
 
-def _choose(options: dict, begun: dict, out: Path | None) -> painting.Choice:
+def _choose(options: dict, begun: dict) -> painting.Choice:
     wanted = options["num"] or (options["per_class"] or 1) * _BATCH
     return painting.choose(
         options["source"],
-        **{name: options[name] for name in ("tokenizer", "class_label", "seed", "precision", "checkpoint")},
+        **{name: options[name] for name in ("tokenizer", "class_label", "seed", "precision", "checkpoint", "weights")},
         given={name: options[name] for name in Sampling.model_fields if options[name] is not None},
         batch=options["batch"] or begun.get("batch") or min(_BATCH, wanted),
         rounded=options["round"],
         begun=begun,
-        purpose=purpose(out) if out else "evaluated",
     )
 
 
 def _settled_by(choice: painting.Choice) -> dict:
     """The options that a choice has settled."""
-    return {name: choice.settings[name] for name in ("batch", "checkpoint", "class_label", *Sampling.model_fields)}
+    names = ("batch", "checkpoint", "class_label", *Sampling.model_fields)
+    return {name: choice.settings[name] for name in names} | {"weights": choice.settings["weights_of"]}
 
 
 def _told(source: sources.Source) -> dict:

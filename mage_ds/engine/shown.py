@@ -21,11 +21,12 @@ def show(
     samples: FeatureSet,
     source: Source,
     real: tuple[FeatureSet, Source] | np.ndarray | None,
+    counted: Callable,
 ) -> dict | None:
     """Writes the sheet; the same samples each time.
 
     Args: real: the reference's features and pictures; or features float32 (m, D) alone, whose pictures are not here;
-    None: neighbours are not looked for.
+    None: neighbours are not looked for; counted: as of `figures.figures`.
     Returns: what the neighbours say, for results.json; None where there are none.
     """
     order = keyed.permutation(0, "sheet", 0, samples.n)
@@ -34,7 +35,8 @@ def show(
         sheet.save(path, random=_look(source, random, samples.batch))
         return None
     rows = np.concatenate([some for (some,) in samples.chunks("features")])
-    found = neighbours.nearest(rows, _chunks(real))
+    with counted(real[0].n if isinstance(real, tuple) else len(real), "real picture", "neighbours among") as advance:
+        found = neighbours.nearest(rows, _chunks(real), advance=advance)
     said = neighbours.memorised(found, _of_real(real))
     density = neighbours.by_density(found)
     ends = {"best": density[:_ENDS], "worst": density[::-1][:_ENDS]}

@@ -72,6 +72,10 @@ def open_source(path: Path, size: int | None = None, split: str | None = None) -
     of another size than the first.
     """
     path, given = _place(Path(path))
+    if not path.exists():
+        raise UserError(f"{path}: no such folder of pictures or tars, .npz, or model that draws some; see the spelling")
+    if path.is_file() and path.suffix == ".tar":
+        raise UserError(f"{path}: is a single tar; give the folder that it lies in, of which all tars are read")
     if size is not None and not 1 <= size <= 2**14:
         raise UserError(f"--size {size}: must be from 1 to {2**14} pixels")
     if path.is_file() and given is None:

@@ -59,7 +59,7 @@ def ended(run: str, before: str, code: str) -> str:
 
     before: the `time` of status.json before the start; code: of `deepspeed`, for starts that wrote nothing.
     """
-    status = _status(run)
+    status = status_of(run)
     step, reason = status.get("step", 0), " ".join(str(status.get("reason", "")).split())
     if str(status.get("time", 0)) == before:
         if code == "0" and status.get("state") == "finished":
@@ -74,10 +74,11 @@ def ended(run: str, before: str, code: str) -> str:
 
 def since(run: str) -> str:
     """When status.json was last written, 0 where there is none."""
-    return str(_status(run).get("time", 0))
+    return str(status_of(run).get("time", 0))
 
 
-def _status(run: str) -> dict:
+def status_of(run: str) -> dict:
+    """status.json of a run folder; empty where it has none."""
     try:
         return json.loads(Path(run, "status.json").read_text())
     except (OSError, ValueError):

@@ -17,7 +17,7 @@ from mage_ds.interop.parts import MODELS, Parts, brief, encoder_of, weights_hash
 from mage_ds.models import Classifier, Encoder, Mage, PixelViT, Vqgan
 from mage_ds.recipes.schema import Recipe
 
-_SHARED = ("image_size", "sampling", "unused", "origin")  # fields of Stored and Parts
+_SHARED = ("image_size", "sampling", "unused", "facts", "origin")  # fields of Stored and Parts
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Stored:
     label_dropout: of a mage with classes the share of the samples that it was trained on without their label, None
     where that is not known: at 0 it predicts nothing of use without one; weights: of a run that keeps an average of its
     weights, which were opened, "ema" or "raw"; else None; unused: tensors of a foreign file that nothing here uses;
-    origin: one line, what it is and where from.
+    facts: as of Parts, of an export perhaps a stranger's; origin: one line, what it is and where from.
     """
 
     kind: str
@@ -44,6 +44,7 @@ class Stored:
     label_dropout: float | None
     weights: str | None
     unused: dict[str, Tensor]
+    facts: dict
     origin: str
 
 

@@ -83,7 +83,8 @@ def plan(recipe: Recipe, options: Options, *, dataset: int, facts: dict, largest
         lambda: run_folder.choose_start(options.out, recipe, facts, options.resume, options.extend)
     )
     exact = _same_micro_batch(recipe, options.out, me.world)
-    share = ds_config.share(exact, me.world, largest() if exact.machine.micro_batch == "auto" else 0)
+    free = exact.machine.micro_batch == "auto" and recipe.views == 1
+    share = ds_config.share(exact, me.world, largest() if free else 0)
     config = ds_config.in_force(path, config, share, clip=recipe.optimizer.clip, precision=precision)
     ds_config.check_norms(path, config, recipe)
     return Plan(recipe, options, precision, share, config, steps, warmup, dataset, facts, source)
@@ -95,8 +96,8 @@ def _same_micro_batch(recipe: Recipe, out: Path, world: int) -> Recipe:
         before = json.loads((out / "ds_config.json").read_text())["train_micro_batch_size_per_gpu"]
     except (OSError, ValueError, KeyError):
         return recipe
-    if recipe.machine.micro_batch != "auto" or recipe.batch % (before * world):
-        return recipe
+    if recipe.machine.micro_batch != "auto" or recipe.views > 1 or recipe.batch % (before * world):
+        return recipe  # (the micro batch of a contrast is no choice)
     return recipe.model_copy(update={"machine": recipe.machine.model_copy(update={"micro_batch": before})})
 
 
@@ -193,7 +194,7 @@ def stream(plan: Plan, catalog: Catalog | TokenCache, listed: bool = True) -> Ca
     me, recipe = process.start(), plan.recipe
     path, limit = (plan.options.out / "quarantine.jsonl", recipe.inputs.broken_limit) if listed else (None, 1.0)
     share = {"batch": recipe.batch, "micro_batch": plan.share.micro_batch, "rank": me.rank, "world": me.world}
-    common = {"seed": recipe.seed, "device": me.device, **share}
+    common = {"seed": recipe.seed, "device": me.device, "views": recipe.views, **share}
     if isinstance(catalog, TokenCache):
         return lambda position: token_cache.stream(catalog, position=position, **common)
     return lambda position: dali.stream(

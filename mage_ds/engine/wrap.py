@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,8 +15,11 @@ from mage_ds.models.vqgan import ResidualBlock
 from mage_ds.recipes.schema import Recipe
 
 
-def build(make: Callable[[], torch.nn.Module], seed: int, config: dict) -> torch.nn.Module:
-    """The model that `make` makes, with its initial values. All ranks call it.
+def build(
+    make: Callable[[], torch.nn.Module], seed: int, config: dict, given: Mapping[str, torch.Tensor] | None = None
+) -> torch.nn.Module:
+    """The model that `make` makes, with its initial values; given: full, by name, those that are others. All ranks call
+    it.
 
     Under ZeRO 3 each module is sharded as soon as it is made, so that no rank ever holds the whole model; the values
     are those of a plain build (in bf16 rounded, as DeepSpeed rounds a plain one).
@@ -24,6 +27,7 @@ def build(make: Callable[[], torch.nn.Module], seed: int, config: dict) -> torch
     if config["zero_optimization"]["stage"] != 3:
         model = make()
         initialize_weights(model, seed)
+        model.load_state_dict(given or {}, strict=False)
         return model
     from deepspeed import zero
 
@@ -32,7 +36,10 @@ def build(make: Callable[[], torch.nn.Module], seed: int, config: dict) -> torch
     for name, parameter in model.named_parameters():
         with torch.no_grad(), zero.GatheredParameters([parameter], modifier_rank=0):
             if torch.distributed.get_rank() == 0:
-                parameter.copy_(model.initial_value(name, parameter.ds_shape, _generator_of(seed, name)))
+                if given and name in given:
+                    parameter.copy_(given[name])
+                else:
+                    parameter.copy_(model.initial_value(name, parameter.ds_shape, _generator_of(seed, name)))
     return model
 
 

@@ -32,9 +32,17 @@ _BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.err
 class Damaged(Exception):
     """Tile file `path`, whose pictures begin with `start`, does not hold what was written."""
 
+    _SAID = "damaged ({})"
+
     def __init__(self, path: Path, start: int, reason):
-        super().__init__(f"{path}: damaged ({reason})")
+        super().__init__(f"{path}: {self._SAID.format(reason)}")
         self.path, self.start = path, start
+
+
+class Short(Damaged):
+    """The tile is whole, and holds fewer pictures than are wanted by now."""
+
+    _SAID = "{}"
 
 
 class FeatureSet:
@@ -59,8 +67,9 @@ class FeatureSet:
         Raises: UserError where it cannot be written or belongs to something else; the line says what differs.
         """
         folder, settings = Path(folder), json.loads(json.dumps(settings))
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder}: is a file; choose a folder")
+        for path in (folder, *folder.parents):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--out {path}: is a file; choose a folder")
         with writing(folder):
             book = _read(folder)
             if book is None:
@@ -152,11 +161,13 @@ class FeatureSet:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in ARRAYS if name in file.files}
             rows = {len(arrays[name]) for name in ARRAYS if name != "logits" or name in arrays}
-            if len(rows) != 1 or not wanted <= min(rows) <= self.batch:
+            if len(rows) != 1 or not 1 <= min(rows) <= self.batch:
                 raise ValueError(f"{'/'.join(map(str, sorted(rows)))} pictures, {wanted} are wanted")
-            return arrays
         except _BROKEN as error:
             raise Damaged(path, start, error) from None
+        if (count := rows.pop()) < wanted:
+            raise Short(path, start, f"was the last of fewer pictures: has {count}, {wanted} are wanted")
+        return arrays
 
     def chunks(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
         """Tile by tile in order of index the arrays of these names (of ARRAYS, and "index": int64), pictures below n
@@ -166,25 +177,28 @@ class FeatureSet:
         logits where the extractor has none.
         """
         for tile in self.tiles():
-            try:
-                arrays = self.read(tile) | {"index": tile}
-            except Damaged as error:
-                self.discard(error)
-                raise UserError(f"{error}; start the same `mage-ds evaluate` again: it makes this tile anew") from None
+            arrays = self._sound(tile) | {"index": tile}
             real = int((tile < self.n).sum())
             yield tuple(arrays[name][:real] for name in names)
 
     def rows(self, index: np.ndarray, name: str) -> np.ndarray:
-        """One array's rows of pictures `index` (K,), K > 0, in that order. Raises: Damaged."""
+        """One array's rows of pictures `index` (K,), K > 0, in that order. Raises: as `chunks`."""
         index, found = np.asarray(index, dtype=np.int64), {}
         for start in np.unique(index // self.batch) * self.batch:
-            array = self.read(np.arange(start, start + self.batch))[name]
+            array = self._sound(np.arange(start, start + self.batch))[name]
             found |= {int(i): array[i - start] for i in index[index // self.batch * self.batch == start]}
         return np.stack([found[int(i)] for i in index])
 
+    def _sound(self, tile: np.ndarray) -> dict[str, np.ndarray]:
+        """As `read`, for whoever takes it that all are there."""
+        try:
+            return self.read(tile)
+        except Damaged as error:
+            self.discard(error)
+            raise UserError(f"{error}; start the same command again: it makes this tile anew") from None
+
     def discard_damaged(self) -> list[str]:
-        """Reads every tile that is there, and removes those that are damaged: a line about each. A tile that was the
-        last one of fewer pictures, and whole, counts as such too."""
+        """Reads every tile that is there, and removes those that are damaged, or short: a line about each."""
         said, missing = [], {int(tile[0]) for tile in self.missing()}
         for tile in self.tiles():
             if int(tile[0]) not in missing:

@@ -1,7 +1,8 @@
 """The figures of a set of features beside a reference's, each with an interval and the number of pictures it is of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from mage_ds.evaluation import fid, scores, suspicions
 from mage_ds.evaluation.feature_set import FeatureSet
 from mage_ds.evaluation.moments import Few, Gaussian, frechet, root_of
 from mage_ds.evaluation.references import Statistics
+
+Counted = Callable[[int, str, str], AbstractContextManager[Callable[[int], object] | None]]
 
 METRICS = ("fid", "fid_infinity", "is", "kid", "prc")
 _SIGMAS = 1.96  # standard errors of a 95 % interval
@@ -23,18 +26,19 @@ def figures(
     *,
     definition: str = "torch-fidelity",
     kid_subset: int = scores.SUBSET,
+    counted: Counted = lambda *told: nullcontext(),
 ) -> tuple[dict[str, dict], list[str]]:
     """name -> {"value", "interval": [low, high] or None, "interval_is": what that is, "n", ...}, and remarks.
 
     Passes over tiles in order of index, in float64: the same whoever made them.
     Args: metrics: of METRICS, in any order; prc gives two figures, precision and recall; definition: whose IS,
-    precision and recall, torch-fidelity or adm; kid_subset: pictures of KID's subsets, or all where
-    there are fewer.
+    precision and recall, torch-fidelity or adm; kid_subset: pictures of KID's subsets, or all where there are fewer;
+    counted: of (number of steps, their name, what is done), gives what is called with 1 after each step.
     Memory: what `fid` says, and with kid or prc both sets' features (0.4 GB for 50,000 of 2048).
     """
     found, remarks = {}, []
     if {"fid", "fid_infinity"} & {*metrics}:
-        made, remarks = _frechet(metrics, samples, reference)
+        made, remarks = _frechet(metrics, samples, reference, counted)
         found |= made
     if "is" in metrics:
         found["is"] = _inception_score(samples, definition)
@@ -44,15 +48,16 @@ def figures(
         if "kid" in metrics:
             size, said = suspicions.subset(kid_subset, *about.values())
             remarks += said
-            found["kid"] = _kid(rows, others, size) | about
+            found["kid"] = _kid(rows, others, size, counted) | about
         if "prc" in metrics:
-            pair = scores.precision_recall(rows, others, definition=definition)
+            with counted(scores.steps(len(rows), len(others)), "block", "precision and recall of") as advance:
+                pair = scores.precision_recall(rows, others, definition=definition, advance=advance)
             about |= {"interval": None, "k": scores.K, "definition": definition}
             found |= {name: {"value": each, **about} for name, each in zip(("precision", "recall"), pair, strict=True)}
     return found, remarks
 
 
-def _frechet(metrics, samples: FeatureSet, reference) -> tuple[dict, list[str]]:
+def _frechet(metrics, samples: FeatureSet, reference, counted: Counted) -> tuple[dict, list[str]]:
     width, n = samples.settings["width"], samples.n
     made, real = fid.collected(_chunks(samples), width), gaussian_of(reference, width)
     root = None if isinstance(real, Few) else root_of(real)
@@ -62,7 +67,8 @@ def _frechet(metrics, samples: FeatureSet, reference) -> tuple[dict, list[str]]:
     if "fid" in metrics:
         found["fid"] = {"value": value, **_interval(value, error), "interval_is": _JACKKNIFE, "n": n}
     if "fid_infinity" in metrics:
-        infinite = fid.infinity(_chunks(samples), n, real, error, root=root)
+        with counted(fid.SIZES, "FID", "FID-infinity of") as advance:
+            infinite = fid.infinity(_chunks(samples), n, real, error, root=root, advance=advance)
         more = {"slope": infinite.slope, "sizes": infinite.sizes, "fids": infinite.fids}
         found["fid_infinity"] = {
             "value": infinite.value,
@@ -89,8 +95,9 @@ def _inception_score(samples: FeatureSet, definition: str) -> dict:
     return {"value": value, **about, "std": std, "n": samples.n}
 
 
-def _kid(rows: np.ndarray, others: np.ndarray, size: int) -> dict:
-    found = scores.kid(rows, others, size=size)
+def _kid(rows: np.ndarray, others: np.ndarray, size: int, counted: Counted) -> dict:
+    with counted(scores.SUBSETS, "subset", "KID of") as advance:
+        found = scores.kid(rows, others, size=size, advance=advance)
     about = {"interval_is": f"95 %, of {found.blocks} disjoint blocks", "std": found.std}
     return {"value": found.mean, **_interval(found.mean, found.error), **about, "subset": size}
 

@@ -19,9 +19,12 @@ class Nearest(NamedTuple):
     index: np.ndarray
 
 
-def nearest(samples: np.ndarray, real: Iterable[tuple], k: int = K, itself: np.ndarray | None = None) -> Nearest:
+def nearest(
+    samples: np.ndarray, real: Iterable[tuple], k: int = K, itself: np.ndarray | None = None, advance=None
+) -> Nearest:
     """Args: samples: float32 (n, D); real: chunks of (index int64 (B,), features float32 (B, D)); itself: int64 (n,),
-    the index that a sample has among the real pictures, where it is one of them: it is no neighbour of its own.
+    the index that a sample has among the real pictures, where it is one of them: it is no neighbour of its own;
+    advance(real pictures): called as they are done.
 
     Candidates come from float32 products, the distances from float64 differences: so that copies have distance 0.
     Memory: 8 K a sample, and 100 MB.
@@ -41,6 +44,8 @@ def nearest(samples: np.ndarray, real: Iterable[tuple], k: int = K, itself: np.n
             if itself is not None:
                 distances[names == itself[at : at + _BLOCK, None]] = np.inf
             _merge(found, slice(at, at + len(block)), distances, names)
+        if advance:
+            advance(len(rows))
     return found
 
 

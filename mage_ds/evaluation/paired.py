@@ -26,6 +26,7 @@ import torch
 
 from mage_ds.evaluation import fid
 from mage_ds.evaluation.moments import Collected, Few, Gaussian, frechet, root_of
+from mage_ds.evaluation.scores import kernel
 
 METRICS = ("fid", "kid")
 ALPHA = 0.05  # of the comparisons of two that are equally good, those that say otherwise
@@ -94,7 +95,7 @@ def _sums(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         mine = np.asarray(rows[i : i + _ROWS], dtype=np.float64)
         for j in range(0, len(others), _ROWS):
             theirs = np.asarray(others[j : j + _ROWS], dtype=np.float64)
-            found[i : i + _ROWS] += ((mine @ theirs.T / rows.shape[1] + 1) ** 3).sum(axis=1)
+            found[i : i + _ROWS] += kernel(mine, theirs).sum(axis=1)
     return found
 
 

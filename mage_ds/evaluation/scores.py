@@ -138,14 +138,21 @@ def kid_error(a: np.ndarray, b: np.ndarray, size: int = SUBSET, seed: int = 0) -
     return float(np.std(found, ddof=1) / math.sqrt(blocks)), blocks
 
 
+def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """KID's, (x y / D + 1)^3 of each pair: float64 (n, D), (m, D) -> (n, m)."""
+    values = x @ y.T
+    values /= x.shape[1]
+    values += 1
+    cubes = values * values  # half the time of a power
+    cubes *= values
+    return cubes
+
+
 def _mmd(x: np.ndarray, y: np.ndarray) -> float:
     x, y = (np.asarray(each, dtype=np.float64) for each in (x, y))
     (n, width), m = x.shape, len(y)
-    within = [
-        (((each @ each.T) / width + 1) ** 3).sum() - ((np.square(each).sum(axis=1) / width + 1) ** 3).sum()
-        for each in (x, y)
-    ]
-    across = (((x @ y.T) / width + 1) ** 3).sum()
+    within = [kernel(each, each).sum() - ((np.square(each).sum(axis=1) / width + 1) ** 3).sum() for each in (x, y)]
+    across = kernel(x, y).sum()
     return float(within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * across / (n * m))
 
 

@@ -61,19 +61,22 @@ class TokenCache:
     def label(self, i: int) -> int:
         return int(self.labels[i])
 
-    def rows(self, epoch: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples index (B,), -1 = padding, as epoch (B,) sees them: view `epoch` modulo the number of views.
+    def rows(self, epoch: np.ndarray, index: np.ndarray, views: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples index (B,), -1 = padding, as epoch (B,) sees them: view `epoch` modulo the number of views; where it
+        sees a second one, the view that comes 1 after it, in the next round of epochs 2, and so on: all pairs in turn.
 
-        Returns tokens int64 (B, 1, N), labels int64 (B,), valid float32 (B,). UserError for a token that is no code.
+        Returns tokens int64 (B, views, N), labels int64 (B,), valid float32 (B,), 0 where any view is unreadable.
+        UserError for a token that is no code.
         """
-        view, real = epoch % self.views, index != PADDING
+        after = (0, 1 + epoch // self.views % max(1, self.views - 1))[:views]
+        view, real = np.stack([(epoch + step) % self.views for step in after], axis=1), index != PADDING
         place = np.where(real, index, 0)
-        tokens = np.asarray(self.tokens[place, view])
+        tokens = np.asarray(self.tokens[place[:, None], view])
         if tokens.max(initial=0) >= self.settings["codes"]:
             raise UserError(_damaged(self.root / self.split / "tokens.npy", "it holds a token that is no code"))
-        valid = (self.valid[place, view] & real).astype(np.float32)
+        valid = (self.valid[place[:, None], view].all(axis=1) & real).astype(np.float32)
         labels = np.where(real, self.labels[place], -1).astype(np.int64)
-        return tokens.astype(np.int64)[:, None], labels, valid
+        return tokens.astype(np.int64), labels, valid
 
 
 # --- reading
@@ -157,13 +160,13 @@ def _joined(folder: Path) -> bool:
     return all((folder / name).exists() for name in _FILES)
 
 
-def stream(cache: TokenCache, *, seed, position, batch, micro_batch, rank, world, device) -> Ahead:
+def stream(cache: TokenCache, *, seed, position, batch, micro_batch, rank, world, device, views=1) -> Ahead:
     """Endless training stream of this rank, in the order of `order.plans`, as dali.stream would show the pictures.
 
-    Returns an iterator of Batch with tokens (micro_batch, 1, N). Raises while iterating: UserError.
+    Returns an iterator of Batch with tokens (micro_batch, views, N). Raises while iterating: UserError.
     """
     share = {"batch": batch, "micro_batch": micro_batch, "rank": rank, "world": world}
-    return Ahead(_batches(cache, order.plans(cache.n, seed=seed, position=position, **share), device))
+    return Ahead(_batches(cache, order.plans(cache.n, seed=seed, position=position, **share), device, views))
 
 
 def evaluation(cache: TokenCache, indices, *, batch: int, device) -> Ahead:
@@ -174,14 +177,14 @@ def evaluation(cache: TokenCache, indices, *, batch: int, device) -> Ahead:
     return Ahead(_batches(cache, once(indices, batch), device))
 
 
-def _batches(cache: TokenCache, plans, device):
+def _batches(cache: TokenCache, plans, device, views: int = 1):
     import torch
 
     device = torch.device(device)
     # Copies leave on a stream of their own, so as not to queue behind the training step.
     aside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
     for epoch, index in plans:
-        rows = cache.rows(epoch, index)
+        rows = cache.rows(epoch, index, views)
         with aside:
             tokens, labels, valid = (torch.from_numpy(row).to(device) for row in rows)
         yield Batch(labels=labels, index=index, epoch=epoch, valid=valid, tokens=tokens)

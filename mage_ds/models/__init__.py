@@ -6,16 +6,19 @@ import torch
 
 from .adversary import Lpips, PatchGAN
 from .classifier import Classifier, ProbeHead
+from .contrastive import ContrastiveEncoder, MageC
 from .mage import Decoder, Encoder, Mage
 from .pixel_vit import PixelViT
 from .vqgan import Vqgan
 
 __all__ = [
     "Classifier",
+    "ContrastiveEncoder",
     "Decoder",
     "Encoder",
     "Lpips",
     "Mage",
+    "MageC",
     "PatchGAN",
     "PixelViT",
     "ProbeHead",

@@ -240,7 +240,10 @@ class Mage(Encoder, Decoder):
     ) -> Tensor:
         """Logits over the codes at every position: (B, N, codes) in the dtype of the module. The encoder runs once,
         also where the decoder is guided. Args: of `Encoder.forward` and `Decoder.forward`."""
-        x = Encoder.forward(self, tokens, masked, keep)
+        return self.decode(Encoder.forward(self, tokens, masked, keep), masked, keep, labels, guidance)
+
+    def decode(self, x: Tensor, masked: Tensor, keep: Tensor | None = None, labels=None, guidance=None) -> Tensor:
+        """Logits of the encoder's output x (B, 1 + K, width)."""
         return Decoder.forward(self, x, masked, keep, self.code_vectors(), labels, guidance)
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .classifier import scratch_value
-from .transformer import layer_norm
+from .transformer import layer_norm, stack
 
 
 class PixelViT(VisionTransformer):
@@ -33,14 +33,14 @@ class PixelViT(VisionTransformer):
             img_size=image_size,
             patch_size=patch,
             embed_dim=encoder["width"],
-            depth=encoder["depth"],
+            depth=0,  # its rates of drop path go through tensors, which have no values where memory is planned
             num_heads=encoder["heads"],
             num_classes=classes or 0,
             global_pool="avg",
-            drop_path_rate=drop_path,
             norm_layer=layer_norm,
             weight_init="skip",
         )
+        self.blocks = nn.Sequential(*stack(**encoder, dropout=0.0, drop_path=drop_path))
         self.image_size, self.head_std = image_size, head_std
 
     def forward(self, images: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     value and what is allowed.
     """
     path = recipe_file(name_or_path)
-    data = _read(path)
+    data = read(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a recipe: it must hold `key: value` lines")
     source = path.name if path.is_relative_to(_FOLDER) else str(path)
@@ -81,30 +81,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     if task not in TASKS:
         raise UserError(f"{source}: task = {task}: must be one of {', '.join(TASKS)}")
     try:
-        recipe = TASKS[task].model_validate(data)
+        return TASKS[task].model_validate(data)
     except ValidationError as error:
         raise UserError(explain(error, TASKS[task], data, source, overrides)) from error
-    _refuse_unmade(recipe, source)
-    return recipe
-
-
-def _refuse_unmade(recipe: Recipe, source: str) -> None:
-    """UserError for what a recipe may say but no training carries out yet: silence would train something else."""
-    inputs, objective = recipe.inputs, getattr(recipe, "objective", "reconstruction")
-    wishes = {
-        "task = classify": recipe.task == "classify",
-        f"objective = {objective}": objective != "reconstruction",
-        f"inputs.crop = {inputs.crop}": inputs.crop != "tried",
-        "inputs.colour": inputs.colour is not None,
-        "inputs.policy": inputs.policy is not None,
-    }
-    if wish := next((wish for wish, said in wishes.items() if said), None):
-        raise UserError(f"{source}: {wish}: is not carried out by this version yet; leave it out")
 
 
 def augmentations() -> dict[str, dict]:
     """What the names stand for that a recipe may give as inputs.augmentation."""
-    return _read(_FOLDER / "augmentations.yaml")
+    return read(_FOLDER / "augmentations.yaml")
 
 
 def dump(recipe: Recipe) -> str:
@@ -135,7 +119,8 @@ def schedule(recipe: Recipe, samples: int) -> tuple[int, int, str]:
     return steps, steps, f"warm-up of {warmup} steps is longer than the training: cut to {steps} steps"
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """What a YAML file holds, as recipes are read. Raises UserError that names the file and the line."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:

@@ -62,6 +62,11 @@ class _Recipe(Section):
         """The learning rate at the top of the schedule."""
         return self.optimizer.base_lr * self.batch / 256
 
+    @property
+    def views(self) -> int:
+        """How often a picture is seen in a step, cropped and mirrored otherwise each time."""
+        return 2 if getattr(self, "contrastive", None) else 1
+
 
 def _leaves(section: Section, prefix: str) -> Iterator[Leaf]:
     for name, field in type(section).model_fields.items():
@@ -150,6 +155,11 @@ class PretrainRecipe(_Recipe):
             raise ValueError(f"masking is null: objective = {self.objective} needs masks")
         if contrast and self.batch % contrast.images:
             raise ValueError(f"contrastive.images = {contrast.images}: must divide batch = {self.batch}")
+        cuts, changed = self.inputs.augmentation, self.inputs.colour or self.inputs.policy
+        if contrast and not (self.masking or cuts.scale or cuts.flip or changed):
+            raise ValueError(
+                f"objective = {self.objective}: both views of a picture are the same, without masks and augmentation"
+            )
         if contrast and self.model.classes is not None:
             raise ValueError(f"objective = {self.objective}: not with model.classes, whose encoder is frozen")
 

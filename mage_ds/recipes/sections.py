@@ -4,6 +4,7 @@ A leaf field is `identity` (it decides what is trained: a run is not continued w
 `machine` (how fast, how often, where: it may change whenever a run is continued).
 """
 
+import re
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
@@ -123,6 +124,10 @@ class Colour(Section):
     sigma: Pair = identity("range of the blur's standard deviation, in pixels")
 
 
+_NUMBER = r"\d+(\.\d+)?"  # timm takes whatever else for a part that it does not know, or for nothing
+_POLICY = re.compile(rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]))*")
+
+
 class Inputs(Section):
     image_size: int = identity("height and width of the model's pictures, in pixels", ge=8)
     augmentation: Augmentation = identity("strong, weak, none (augmentations.yaml) or {scale, ratio, flip}")
@@ -142,6 +147,13 @@ class Inputs(Section):
         if self.evaluation_resize < self.image_size:
             short = self.evaluation_resize
             raise ValueError(f"evaluation_resize = {short}: must be at least image_size = {self.image_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_known(self):
+        if self.policy is not None and not _POLICY.fullmatch(self.policy):
+            parts = "mN (magnitude), nN (operations), pX (probability of each), mstdX, mmaxN, inc0 or inc1"
+            raise ValueError(f"policy = {self.policy}: must be `rand`, and after each `-` one of {parts}")
         return self
 
 
@@ -314,7 +326,7 @@ class Contrastive(Section):
 
 class ClassifierModel(Section):
     encoder: Stack = identity("the encoder's size")
-    classes: int = identity("labels", ge=2)
+    classes: int = identity("labels that it tells apart", ge=2)
     tokens: int | None = identity("tokens of a picture; null where patch is given", ge=1, default=None)
     vocabulary: int | None = identity(
         "rows of the word embedding, as the pre-trained MAGE's; null where patch is given", ge=4, default=None

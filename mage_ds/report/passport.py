@@ -4,13 +4,16 @@ Sections: `source`, `reference`, `extractor`, `options` decide the figures; `mac
 where somebody else finds the same; `figures` hold the numbers.
 """
 
+import itertools
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +26,7 @@ IDENTITY = ("source", "reference", "extractor", "options")
 _CIRCUMSTANCE = ("machine", "versions", "code")
 _VERSIONS = ("mage_ds", "torch", "numpy", "deepspeed", "timm", "torch-fidelity", "pillow")
 _VERSIONS += ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+_SEVERAL = {"looks": "a comparison of two (--versus)", "rows": "a sweep of several evaluations (--sweep)"}
 _SAME = 1e-6  # relative difference of figures that are the same
 
 
@@ -74,6 +78,34 @@ def write(folder: Path, results: Mapping, name: str = "results.json") -> Path:
     return path
 
 
+def other(before: Mapping, now: Mapping, exact: bool = False) -> str | None:
+    """As `difference`, but for the metrics: figures of the same pictures stand in one file, whenever they were made."""
+    both = ({**each, "options": {**_options(each), "metrics": None}} for each in (before, now))
+    return difference(*both, exact=exact)
+
+
+def _options(results: Mapping) -> Mapping:
+    found = results.get("options")
+    return found if isinstance(found, Mapping) else {}
+
+
+def set_aside(folder: Path, now: Mapping) -> str | None:
+    """Gives a results.json of something else than `now` another name, results-1.json, ...: a line that says so."""
+    path = Path(folder) / "results.json"
+    try:
+        before = json.loads(path.read_text())
+        differs = other(before, now) if isinstance(before, dict) else "no passport"
+    except (OSError, ValueError, RecursionError):  # none, or nothing that anybody could use
+        return None
+    if differs is None:
+        return None
+    names = (path.with_name(f"results-{number}.json") for number in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
+    with suppress(OSError):  # then `write` says why
+        os.rename(path, kept)
+    return f"{path}: was of something else ({differs}), and is {kept.name} now"
+
+
 NAMES = {"fid": "FID", "fid_infinity": "FID at n = infinity", "is": "Inception score", "kid": "KID"}
 
 
@@ -112,12 +144,16 @@ def read(path: Path) -> dict:
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     try:
         results = json.loads(path.read_text())
+        if several := next((what for name, what in _SEVERAL.items() if name in results), None):
+            raise UserError(f"{path}: is {several}; name the results.json of one evaluation, such as those beneath it")
         if results["format"] != FORMAT or not all(isinstance(results[name], dict) for name in (*IDENTITY, "figures")):
             raise ValueError(f"format {results['format']}, not {FORMAT}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name the results.json of a `mage-ds evaluate --metrics fid`") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: is no passport of a score ({error!r}); name a results.json of `evaluate`") from None
+        raise UserError(
+            f"{path}: is no passport of a score ({_brief(repr(error))}); name a results.json of `evaluate`"
+        ) from None
     return results
 
 

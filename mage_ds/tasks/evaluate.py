@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from mage_ds import files
-from mage_ds.engine import inference, process, retention, stored
+from mage_ds.engine import inference, process, stored
 from mage_ds.errors import UserError
 from mage_ds.evaluation import readable as judge
 from mage_ds.inputs.catalog import Catalog, open_catalog
-from mage_ds.report import pictures, tables
+from mage_ds.report import passport, pictures, tables
 from mage_ds.sampling import labels
 
 METRICS = ("readable",)
@@ -65,10 +65,6 @@ def _evaluate(source: Path, reference: Path, run, out: Path) -> dict:
             held_out, rebuilt = tokenizer.tokenize(validation)
             rows["reconstructions"] = _row(classifier, rebuilt, train, validation.labels)
             copies["validation pictures"] = judge.share_copied(held_out, known)
-    if tokens is not None and manifest.get("run") and manifest.get("checkpoint") is not None:
-        folder = retention.folder_of(manifest["run"], manifest["checkpoint"])  # of the run that made them, not --run
-        if folder.is_dir() and not retention.pin(folder, f"evaluated in {source}"):
-            print(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it", flush=True)
     results = {
         "source": str(source.resolve()),
         "reference": str(reference.resolve()),
@@ -219,6 +215,8 @@ def _write(out: Path, results: dict) -> None:
     path = out / "results.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if line := passport.set_aside(out, results):
+            print(line, flush=True)
         with files.saved(path) as file:
             file.write((json.dumps(results, indent=1) + "\n").encode())
     except OSError as error:

@@ -22,6 +22,7 @@ def export(
     dtype: str = "float32",
     layout: str = "ours",
     checkpoint: int | None = None,
+    weights: str | None = None,
     licence: str | None = None,
 ) -> None:
     """Writes the model of a run, of an export or of a file of the authors' as a new folder `out`.
@@ -29,7 +30,8 @@ def export(
     One process, no process group: weights of any checkpoint are memory-mapped and written tensor by tensor.
     Args: dtype: float32 or bf16 (a tokenizer beside the model and a codebook stay float32); layout: "ours",
     safetensors with config.json and a model card, or "official", one file of the authors' layout and the card;
-    checkpoint: a run's step, by default the newest; it is pinned; licence: for the card.
+    checkpoint: a run's step, by default the newest; it is pinned; weights: of a run that keeps an average of them,
+    "ema", the default, or "raw"; licence: for the card.
     Raises: UserError for a source that cannot be opened, or not be said in the layout, an `out` that exists, or a
     disk without room.
     """
@@ -48,9 +50,9 @@ def export(
             print(f"{folder}: cannot be pinned (read-only?); a training that goes on there may remove it")
         total = sum(file.stat().st_size for file in folder.glob("*.weight.*.safetensors"))
         with _progress("verifying", total) as advance:
-            parts = stored.open_parts(source, checkpoint, advance)
+            parts = stored.open_parts(source, checkpoint, advance, weights)
     else:
-        parts = stored.open_parts(source, checkpoint)
+        parts = stored.open_parts(source, checkpoint, weights=weights)
     _refuse(parts, source, layout)
     if licence is not None:
         parts = replace(parts, facts=parts.facts | {"licence": licence})

@@ -62,7 +62,7 @@ def plan(
     rows = table(recipe, sizes, precision, gpus, gpu_memory * _GIB)
     lines = [*_head(recipe, sizes, precision, gpus, gpu_memory), *_shown(rows), ""]
     best = choose(rows, recipe.batch // gpus)
-    lines += _time(recipe, samples, gpus, mfu, peak or _H100[precision], price)
+    lines += _time(recipe, samples, gpus, mfu, peak or _H100[_most_in(recipe, precision)], price)
     lines += _disk(recipe, sizes)
     lines += _network(recipe, sizes, precision, best.micro_batch)
     lines += _command(name, overrides, recipe, best, gpus, hosts, precision)
@@ -79,7 +79,7 @@ def table(recipe: Recipe, sizes: list[int], precision: str, gpus: int, memory: f
     """
     dtype = ds_config.dtype_of(precision)
     activations = planner.activations(recipe, dtype, gpu=True)
-    frozen = planner.frozen_bytes(recipe, dtype)
+    frozen = planner.frozen_bytes(recipe, ds_config.dtype_of(_most_in(recipe, precision)))
     micros = _micro_batches(recipe, gpus)
     rows = []
     for name in _names(recipe, precision):
@@ -88,6 +88,15 @@ def table(recipe: Recipe, sizes: list[int], precision: str, gpus: int, memory: f
         for which in planner.CHECKPOINTING:
             rows.append(_row(name, which, held, activations[which], frozen, micros, memory * _USABLE))
     return rows
+
+
+def _most_in(recipe: Recipe, precision: str) -> str:
+    """The number format of the frozen models: a probe's, nearly all that it computes, need not be its head's."""
+    return "bf16" if _probes(recipe) and recipe.machine.precision != "float32" else precision
+
+
+def _probes(recipe: Recipe) -> bool:
+    return getattr(recipe, "protocol", None) == "probe"
 
 
 def _names(recipe: Recipe, precision: str) -> list[str]:
@@ -105,7 +114,10 @@ def zero_block(name: str) -> dict:
 
 def _micro_batches(recipe: Recipe, gpus: int) -> list[int]:
     """The micro batches that divide, largest first."""
-    each = ds_config.share(recipe, gpus, 1).batch // gpus
+    share = ds_config.share(recipe, gpus, 1)
+    each = share.batch // gpus
+    if getattr(recipe, "contrastive", None):
+        return [share.micro_batch]
     if recipe.machine.micro_batch != "auto":
         return [recipe.machine.micro_batch]
     return [size for size in range(each, 0, -1) if each % size == 0]
@@ -167,8 +179,10 @@ def _time(recipe, samples, gpus, mfu, peak, price) -> list[str]:
     flops = planner.flops_per_image(recipe)
     used = _ASSUMED_MFU if mfu is None else mfu
     parts = ["forward and backward"]
-    if recipe.task == "pretrain":
-        parts += ["the frozen encoder"] * (recipe.model.classes is not None) + ["the tokenizer's encoder"]
+    if _probes(recipe) or (recipe.task == "pretrain" and recipe.model.classes is not None):
+        parts.append("the frozen encoder")
+    if planner.tokenizer_of(recipe):
+        parts.append("the tokenizer's encoder")
     hours = steps * recipe.batch * flops / (gpus * peak * 1e12 * used) / 3600
     how = "MFU assumed: a short run's metrics.jsonl has it, for --mfu" if mfu is None else "MFU as given"
     lines = [
@@ -226,12 +240,13 @@ def _command(name, overrides, recipe, row, gpus, hosts, precision) -> list[str]:
         each for each in overrides if not each.startswith(("machine.activation_checkpointing=", "machine.micro_batch="))
     ]
     words = [name, *kept, f"machine.activation_checkpointing={row.checkpointing}"]
-    given = ""
-    if recipe.task == "pretrain":
-        given = " --tokenizer TOKENIZER" if recipe.model.classes is None else " --init MAGE"
+    given = " --tokenizer TOKENIZER" if planner.tokenizer_of(recipe) else ""
+    if (recipe.task == "pretrain" and recipe.model.classes) or getattr(recipe, "protocol", "scratch") != "scratch":
+        given = " --init MAGE"
+    number = "" if _most_in(recipe, precision) != precision else f"--precision {precision} "
     lines = [
         f"deepspeed {front} --module mage_ds train {shlex.join(words)} \\",
-        f"    --precision {precision} --micro-batch {row.micro_batch} --deepspeed_config {row.name} \\",
+        f"    {number}--micro-batch {row.micro_batch} --deepspeed_config {row.name} \\",
         f"    --data DATA{given} --out RUN",
     ]
     if hosts > 1:

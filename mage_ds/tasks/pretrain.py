@@ -2,6 +2,8 @@
 
 Where the recipe's model has classes, the encoder is that of a MAGE which is already trained, and frozen: it stands
 outside of the engine, which is a new decoder that is told each picture's label (paper section 5, Table 1).
+Where its objective is `contrastive` or `both`, each picture comes in two views that are also told from those of other
+pictures (MAGE-C, paper section 3); a `contrastive` model is an encoder alone.
 """
 
 from collections.abc import Callable
@@ -12,12 +14,26 @@ import numpy as np
 import torch
 
 from mage_ds import keyed
-from mage_ds.engine import below, held_out, loop, planner, process, run_folder, stored, training, watch, wrap
+from mage_ds.engine import (
+    below,
+    gather,
+    held_out,
+    loop,
+    planner,
+    process,
+    run_folder,
+    run_parts,
+    stored,
+    training,
+    watch,
+    wrap,
+)
 from mage_ds.engine.training import Options, Plan, tokenize
 from mage_ds.inputs.batch import Batch
 from mage_ds.inputs.catalog import open_catalog
 from mage_ds.inputs.token_cache import TokenCache
 from mage_ds.models import Encoder, Vqgan
+from mage_ds.models.contrastive import info_nce
 from mage_ds.models.mage import token_loss
 from mage_ds.models.masking import mask_ratio, masks
 from mage_ds.recipes.schema import PretrainRecipe
@@ -83,21 +99,27 @@ def pretrain(
         model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, plan.config)
         opened = training.begin(
             plan,
-            {"mage" if encoder is None else "decoder": model},
+            {run_parts.engine_name(recipe): model},
             copies=copies,
             flops_per_image=planner.flops_per_image(recipe, cached=cached),
         )
         vqgan = training.frozen(vqgan, plan.dtype)
         encoder = encoder and training.frozen(encoder, plan.dtype)
+        step = (
+            partial(contrast_fn, recipe=recipe)
+            if recipe.contrastive
+            else partial(step_fn, recipe=recipe, encoder=encoder)
+        )
+        seen = recipe.objective != "contrastive"  # there is nothing to predict or to draw
         loop.train(
             opened.engines,
             training.stream(plan, catalog),
-            partial(step_fn, recipe=recipe, tokenize=partial(tokenize, vqgan), encoder=encoder),
+            partial(step, tokenize=partial(tokenize, vqgan)),
             opened.lr,
             opened.run,
             opened.limits,
-            evaluate=_evaluator(plan, validation, vqgan, encoder) if validation else None,
-            pictures=_painter(plan, validation or catalog, vqgan, encoder),
+            evaluate=_evaluator(plan, validation, vqgan, encoder) if validation and seen else None,
+            pictures=_painter(plan, validation or catalog, vqgan, encoder) if seen else None,
         )
         opened.run.finish()
 
@@ -147,6 +169,50 @@ def step_fn(engines, batch, step, *, recipe: PretrainRecipe, tokenize, encoder: 
     losses, top1 = token_loss(logits, tokens, masked, recipe.label_smoothing)
     loss = (losses * batch.valid).mean()
     yield next(iter(engines)), loss, {"loss": loss, "top1": (top1 * batch.valid).mean()}
+
+
+def contrast_fn(engines, batch, step, *, recipe: PretrainRecipe, tokenize):
+    """As `step_fn`, of two views of each picture: what they have in common, and with `both` the masked tokens of each.
+
+    Shows, beside its parts of the loss: contrast_top1, share of the views whose other one is the nearest; pairs, the
+    pictures of a contrast that count; no_pairs, share of the contrasts without any, whose loss is 0.
+    """
+    numbers, me = recipe.contrastive, process.start()
+    tokens = views_of(batch, tokenize)
+    masked, keep, few = _view_masks(recipe, batch, tokens.device)
+    counted = batch.valid * few
+    out = next(iter(engines.values()))(tokens, masked, keep, counted.repeat(2), gather.total)
+    logits, views = out if recipe.objective == "both" else (None, out)
+    contrast, nearest, pairs = info_nce(
+        views, counted, temperature=numbers.temperature, gathered=gather.gathered, first=me.rank * len(counted)
+    )
+    loss, shown = numbers.weight * contrast, {"contrast": contrast, "contrast_top1": nearest, "pairs": pairs}
+    if logits is not None:
+        valid = batch.valid.repeat(2)
+        losses, top1 = token_loss(logits, tokens, masked, recipe.label_smoothing)
+        shown |= {"reconstruction": (losses * valid).mean(), "top1": (top1 * valid).mean()}
+        loss = shown["reconstruction"] + loss
+    yield next(iter(engines)), loss, {"loss": loss, **shown, "no_pairs": (pairs == 0).float()}
+
+
+def views_of(batch: Batch, tokenize: Callable) -> torch.Tensor:
+    """The tokens of a batch of B pictures in two views, int64 (2B, N): view 0 of all of them, then view 1."""
+    if batch.images is None:
+        return batch.tokens.transpose(0, 1).flatten(0, 1)
+    return tokenize(batch.images.transpose(0, 1).flatten(0, 1))
+
+
+def _view_masks(recipe: PretrainRecipe, batch: Batch, device):
+    """As `draw_masks`, of both views, (2B, ...); instead of the ratios float32 (B,): 1 where both are below the highest
+    one that is contrasted."""
+    if recipe.masking is None:
+        count = len(batch.index)
+        masked = torch.zeros(2 * count, recipe.model.tokens, dtype=torch.bool, device=device)
+        return masked, None, torch.ones(count, device=device)
+    drawn = [draw_masks(recipe, batch.index, batch.epoch, device, purpose) for purpose in ("mask", "mask of view 1")]
+    masked, keep, ratios = zip(*drawn, strict=True)
+    few = (torch.stack(ratios) < recipe.contrastive.highest).all(dim=0)
+    return torch.cat(masked), torch.cat(keep), few.float().to(device, non_blocking=True)
 
 
 # --- held-out figures and pictures

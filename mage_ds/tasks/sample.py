@@ -48,6 +48,7 @@ def sample(
     format: str | None = None,
     precision: str = "float32",
     checkpoint: int | None = None,
+    weights: str | None = None,
     threads: int = 1,
     round: bool = False,
     movie: bool = False,
@@ -63,9 +64,10 @@ def sample(
     fields of a recipe's `sampling`, by default the model's; batch: pictures computed together, by default what `out`
     was begun with, else 64 or fewer; format: of pictures.FORMATS, by default what `out` was begun with, else png, tar
     from 10,000 pictures on; precision: of the model, "float32", "bf16" or "auto" (tokens are drawn in float64);
-    checkpoint: of a run, by default the one that `out` was begun with, else the newest; threads: CPU threads of a
-    process: results depend on the number, so it is fixed; round: nearest 8-bit values instead of the published
-    truncation; movie: adds movie.mp4, .gif and .webp, the first pictures as they fill.
+    checkpoint: of a run, by default the one that `out` was begun with, else the newest; weights: of a run that keeps an
+    average of them, "ema" or "raw", by default as `out` was begun, else the average; threads: CPU threads of a process:
+    results depend on the number, so it is fixed; round: nearest 8-bit values instead of the published truncation;
+    movie: adds movie.mp4, .gif and .webp, the first pictures as they fill.
     Raises: UserError for a model that cannot be opened, a wrong number, or an `out` of other settings.
     """
     given = {name: value for name, value in locals().items() if name in Sampling.model_fields and value is not None}
@@ -89,9 +91,10 @@ def sample(
         precision=precision,
         rounded=round,
         checkpoint=checkpoint,
+        weights=weights,
         begun=before,
-        purpose=f"sampled into {out}",
     )
+    painting.pin(choice, f"sampled into {out}")
     settings = choice.settings | {"format": form, "checksums": f"SHA-256 of the {_SUMS[form]}"}
     book, pixels = pictures.Pictures(out, form, settings["batch"], seed, choice.labels), choice.opened.image_size**2
     num = process.on_first(lambda: pictures.open_folder(book, settings, num, pixels, Claims(book.work).busy))

@@ -37,6 +37,7 @@ def score(
     guidance_schedule: str | None = None,
     precision: str = "float32",
     checkpoint: int | None = None,
+    weights: str | None = None,
     round: bool = False,
     batch: int | None = None,
     threads: int = 1,

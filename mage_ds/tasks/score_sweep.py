@@ -131,12 +131,12 @@ class _Sweep:
         if reused := todo.count(False):
             process.say(f"{reused} of them are there already")
         began, made = time.monotonic(), 0
-        for number, job in enumerate(self.jobs):
-            if todo[number]:
+        with scoring.pinned(self.jobs[0].choice, self.out):
+            for number in (number for number, wanted in enumerate(todo) if wanted):
                 seconds = (time.monotonic() - began) / made * (sum(todo) - made) if made else 0
                 left = f" (eta {duration(seconds)})" if made else ""
                 process.say(f"row {number + 1}/{self.total}: {sweep_table.told(self.settings[number])}{left}")
-                results, made = scored.run(job, aloud=False), made + 1
+                results, made = scored.run(self.jobs[number], aloud=False), made + 1
                 if found:
                     found[number] = results
         return self._ended(found) if found else None
@@ -150,8 +150,9 @@ class _Sweep:
 
     def _ended(self, found: list[dict]) -> dict:
         """The table, the plot, sweep.json."""
+        names = [name for name in found[0]["figures"] if all(name in each["figures"] for each in found)]
         rows = [
-            Row(job.out.name, settings, results["figures"])
+            Row(job.out.name, settings, {name: results["figures"][name] for name in names})
             for job, settings, results in zip(self.jobs, self.settings, found, strict=True)
         ]
         best = {name: rows[number].name for name, number in sweep_table.best(rows).items()}

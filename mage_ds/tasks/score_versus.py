@@ -22,7 +22,7 @@ from mage_ds.report import passport
 from mage_ds.sampling.claims import Claims
 
 _NUM = 50_000
-_KEYS = ("checkpoint", *Sampling.model_fields)
+_KEYS = ("checkpoint", "weights", *Sampling.model_fields)
 _PLACE = ("source", "origin", "n")  # of facts: not what the pictures are
 _LOOK_S = 0.5  # seconds between two looks at what another process does
 _PATIENCE_S = 4 * 3600  # KID of 50,000 pictures takes its time
@@ -51,6 +51,7 @@ def versus(
     seed: int = 0,
     precision: str = "float32",
     checkpoint: int | None = None,
+    weights: str | None = None,
     round: bool = False,
     batch: int | None = None,
     threads: int = 1,
@@ -62,11 +63,11 @@ def versus(
     Any number of processes may run it on one `out`, as ranks of a launch or not; what was killed goes on, with a larger
     `num` too: no picture is drawn twice, and no look is made twice.
 
-    Args: source: the one, A; versus: the other, B: a run or an export, or changes of A: checkpoint=300, or fields of a
-    recipe's `sampling` (steps=8); or both; metrics: fid, kid, of which the first decides and ends the comparison, fid
-    by default; num: pictures of each at most, 50,000 by default; sampling: fields of `sampling`, of both; out: by
-    default a folder beside the other evaluations of A; the others as of `tasks.score.score`, for both (checkpoint: of
-    A, and of B where it is the same run).
+    Args: source: the one, A; versus: the other, B: a run or an export, or changes of A: checkpoint=300, weights=raw, or
+    fields of a recipe's `sampling` (steps=8); or both; metrics: fid, kid, of which the first decides and ends the
+    comparison, fid by default; num: pictures of each at most, 50,000 by default; sampling: fields of `sampling`, of
+    both; out: by default a folder beside the other evaluations of A; the others as of `tasks.score.score`, for both
+    (checkpoint, weights: of A, and of B where it is the same run).
     Returns: what versus.json holds. Raises: UserError.
     """
     options = {name: value for name, value in locals().items() if name not in ("out", "sampling", "versus")}
@@ -105,7 +106,7 @@ def _changed(options: dict, words: Sequence[str]) -> dict:
     step = given.get("checkpoint")
     if step is not None and (not isinstance(step, int) or step < 0):
         raise UserError(f"--versus checkpoint={step}: must be a step, as `mage-ds checkpoints RUN` lists them")
-    return options | ({"source": runs[0], "checkpoint": None} if runs else {}) | given
+    return options | ({"source": runs[0], "checkpoint": None, "weights": None} if runs else {}) | given
 
 
 def _value(text: str) -> int | float | str:
@@ -149,9 +150,9 @@ def _identity(facts: dict) -> dict:
 def names(a: dict, b: dict) -> list[str]:
     """What to call the two, by their facts: what differs."""
     runs = [Path(each["source"]) for each in (a, b)]
-    keys = [name for name in Sampling.model_fields if a[name] != b[name]]
+    a, b = ({**each, "weights": each.get("weights_of")} for each in (a, b))  # in facts it is their hash
+    keys = [name for name in (_KEYS if runs[0] == runs[1] else Sampling.model_fields) if a[name] != b[name]]
     if runs[0] == runs[1]:
-        keys = ["checkpoint"] * (a["checkpoint"] != b["checkpoint"]) + keys
         front = [[], []]
     else:
         front = [[run.name] if runs[0].name != runs[1].name else [str(run)] for run in runs]
@@ -183,9 +184,11 @@ class _Comparison:
             process.say(f"{name.upper()}: {called} ({self.facts[name]['source']})")
         process.say(f"up to {self.num:,} pictures of each, of the same noise; written to {self.path}")
         process.say(_row(["n", *(f"{name.upper()} {what}".strip() for name in self.metrics for what in _COLUMNS)]))
-        while not self._enough(looks := self._show()):
-            n = paired.following([look["n"] for look in looks], self.num, self.batch)
-            self._look(n, self._extracted(n))
+        a, b = self.jobs
+        with scoring.pinned(a.choice, self.out), scoring.pinned(b.choice, self.out):
+            while not self._enough(looks := self._show()):
+                n = paired.following([look["n"] for look in looks], self.num, self.batch)
+                self._look(n, self._extracted(n))
         if process.start().first:
             self.claims.clear()
         process.say(self._verdict(looks)["text"])

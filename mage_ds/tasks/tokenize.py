@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mage_ds import recipes
-from mage_ds.engine import ds_config, process, stored, training
+from mage_ds.engine import below, ds_config, process, stored, training
 from mage_ds.errors import UserError
 from mage_ds.inputs import dali, token_cache
 from mage_ds.inputs.catalog import Catalog, open_catalog
@@ -110,6 +110,7 @@ def _inputs(recipe: str | None, augmentation: str | None, image_size: int) -> tu
     if recipe is not None:
         overrides = [f"inputs.augmentation={augmentation}"] if augmentation else []
         found = recipes.load_recipe(recipe, overrides)
+        below.refuse_changed(found.inputs, f"--recipe {recipe}")
         return found.inputs, found.seed, found.machine.precision
     inputs = Inputs(
         image_size=image_size,

@@ -10,7 +10,7 @@ import torch
 
 from mage_ds import keyed, recipes
 from mage_ds.engine import (
-    checkpoint,
+    beginning,
     codebook,
     ds_config,
     held_out,
@@ -56,7 +56,7 @@ def train_tokenizer(
     process.stop_on_signals()
     with run_folder.ending(options.out), watch.armed(recipe.machine.hang_timeout):
         catalog, validation = open_catalog(data, "train"), open_catalog(data, "val")
-        given, begun = _given(init, recipe, options.out)
+        given, _, begun = beginning.given(init, options.out, partial(_load, recipe=recipe))
         lpips = load_lpips(recipe.loss.perceptual_weights).to(me.device) if recipe.loss.perceptual else None
         inception = load_inception(recipe.report.inception).to(me.device) if recipe.report.inception else None
         plan = training.plan(
@@ -105,37 +105,17 @@ def _check_stage(plan: Plan) -> None:
 # --- first values
 
 
-def _given(init: str | None, recipe: TokenizerRecipe, out: Path) -> tuple[Vqgan | None, dict]:
-    """The tokenizer whose weights a run begins with (None: it continues, or begins with initial values), and the fact
-    that is recorded of it: {"init": its path and hash}. A run that exists knows its own; all ranks call it.
-
-    Raises UserError where its sizes are not the recipe's, or it is not the one that the run began with.
-    """
-    known, saved = process.on_first(lambda: (_facts(out), bool(checkpoint.steps(out))))
-    path = str(Path(init).resolve()) if init else None
-    before = known.get("init") if known else None
-    if known and path and path != (before or {}).get("path"):
-        began = f"began with {before['path']}" if before else "began without --init"
-        raise UserError(f"--init {init}: the run {out} {began}; leave --init out, or choose another --out")
-    path = path or (before or {}).get("path")
-    if saved or path is None:
-        return None, {"init": before} if before else {}
+def _load(path: str, recipe: TokenizerRecipe) -> tuple[Vqgan, dict]:
+    """The tokenizer that a run begins with. UserError where its sizes are not the recipe's."""
     vqgan, info = stored.load_tokenizer(Path(path))
     for key, ours in recipe.model.model_dump().items():
         if info["model"][key] != ours:
             theirs = json.dumps(info["model"][key])
             raise UserError(
-                f"--init {init or path}: its {key} is {theirs}, the recipe's model.{key} is {ours}; choose another "
+                f"--init {path}: its {key} is {theirs}, the recipe's model.{key} is {ours}; choose another "
                 f'tokenizer, or add "model.{key}={theirs}"'
             )
-    if before and before["hash"] != info["hash"]:
-        raise UserError(f"--init {path}: its weights changed since {out} began with them; choose another --out")
-    return vqgan, {"init": {"path": path, "hash": info["hash"]}}
-
-
-def _facts(out: Path) -> dict | None:
-    """What a run folder was started with; None where there is no run."""
-    return run_folder.read_facts(out) if (out / "recipe.yaml").is_file() else None
+    return vqgan, info
 
 
 def _first_values(plan: Plan, catalog, given: Vqgan | None) -> Vqgan:

@@ -45,19 +45,11 @@ def batch_at(positions: np.ndarray) -> Batch:
 
 
 class Stream(tiny.Stream):
-    def __next__(self) -> Batch:
-        batch = super().__next__()
-        return batch_at(batch.epoch * tiny.DATASET + batch.index)
-
-
-class Recorder(tiny.Recorder):
-    def end_of_step(self, step, engines, figures, evaluate, pictures) -> None:
-        self.step = step
-        self.figures.append(figures)
+    batch_of = staticmethod(batch_at)
 
 
 def train(engine, encoder, numbers) -> list[float]:
-    me, run = process.start(), Recorder(numbers)
+    me, run = process.start(), tiny.Recorder(numbers)
     loop.train(
         {"decoder": engine},
         lambda position: Stream(numbers, me.rank, me.world, position),

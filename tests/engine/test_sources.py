@@ -234,7 +234,7 @@ def damaged_png(path):
 
 FLOATS = (PIXELS / 255).astype(np.float32)
 BAD = {
-    "missing": (lambda path: None, "no such data folder"),
+    "missing": (lambda path: None, "no such folder of pictures or tars"),
     "empty folder": (lambda path: path.mkdir(), "empty folder"),
     "text": (lambda path: path.write_text("x"), "not readable as an .npz"),
     "truncated": (cut, "not readable as an .npz"),

@@ -44,6 +44,7 @@ class Stream:
     """A rank's micro-batches of the made stream."""
 
     waited = 0.0
+    batch_of = staticmethod(batch_at)
 
     def __init__(self, numbers, rank: int, world: int, position: int):
         self.batch, self.micro, self.rank, self.world = numbers.batch, numbers.machine.micro_batch, rank, world
@@ -53,7 +54,7 @@ class Stream:
         inside = self.begun * self.micro * self.world + self.rank * self.micro
         step, offset = divmod(inside, self.batch)
         self.begun += 1
-        return batch_at(self.position + step * self.batch + offset + np.arange(self.micro))
+        return self.batch_of(self.position + step * self.batch + offset + np.arange(self.micro))
 
     def close(self):
         pass

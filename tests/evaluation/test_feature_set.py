@@ -78,7 +78,7 @@ def test_the_last_tile_of_fewer_pictures_is_made_again_for_more(tmp_path):
     assert sum(len(rows) for (rows,) in features.chunks("features")) == 6
     more = FeatureSet.begin(folder, SETTINGS, 8, BATCH)
     (line,) = more.discard_damaged()
-    assert "2 pictures, 4 are wanted" in line
+    assert "000004.npz: was the last of fewer pictures: has 2, 4 are wanted" in line and "damaged" not in line
     assert [list(tile) for tile in more.missing()] == [[4, 5, 6, 7]]
 
 
@@ -128,9 +128,12 @@ BAD = {
 def test_damage_is_said_and_mended(name, tmp_path):
     features = filled(tmp_path / "set")
     BAD[name](features.path(4))
-    with pytest.raises(Damaged, match=r"000004\.npz: damaged"):
+    how = "was the last of fewer" if name == "fewer rows" else "damaged"
+    with pytest.raises(Damaged, match=rf"000004\.npz: {how}"):
         features.read(np.arange(4, 8))
-    refused(lambda: list(features.chunks("features")), "000004.npz: damaged")
+    refused(lambda: features.rows(np.array([1, 5]), "features"), f"000004.npz: {how}")
+    assert (features.rows(np.array([1]), "features") == arrays(np.array([1]), 1)["features"]).all()
+    refused(lambda: list(features.chunks("features")), "start the same command again")
     assert [list(tile) for tile in features.missing()] == [[4, 5, 6, 7]]
     features.write(np.arange(4, 8), **arrays(np.arange(4, 8)))
     BAD[name](features.path(4))

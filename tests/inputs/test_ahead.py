@@ -1,4 +1,4 @@
-"""The background thread of dali.py: order, errors, waiting, and that it ends."""
+"""The background thread of ahead.py: order, errors, waiting, and that it ends."""
 
 import gc
 import subprocess
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mage_ds.inputs.dali import AHEAD, Ahead
+from mage_ds.inputs.ahead import AHEAD, Ahead
 
 
 def item(k):

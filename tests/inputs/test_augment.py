@@ -49,6 +49,31 @@ def test_crops_equal_a_plain_loop(scale):
     assert not flips.any()
 
 
+def test_clamped_crops_equal_a_plain_loop():
+    """The authors' fine-tuning and probe: one draw, cut to the picture."""
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 600, (400, 2))
+    sizes[:4] = [[1, 1], [1, 500], [500, 1], [640, 480]]
+    index, epoch = rng.integers(0, 10**6, 400), rng.integers(0, 300, 400)
+    key = {"epoch": epoch, "index": index, "view": 1, "seed": 9, "augmentation": STRONG}
+    anchors, shapes, flips = augment.boxes(sizes, crop="clamped", **key)
+    cut = 0
+    for k, (width, height) in enumerate(sizes.tolist()):
+        numbers = keyed.uniform(9, "crop/1", [index[k]], [epoch[k]], 22)[0].tolist()
+        target = width * height * (0.2 + 0.8 * numbers[0])
+        aspect = math.exp(math.log(3 / 4) + numbers[10] * (math.log(4 / 3) - math.log(3 / 4)))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        cut += w > width or h > height
+        w, h = max(1, min(w, width)), max(1, min(h, height))
+        left, top = math.floor(numbers[20] * (width - w + 1)), math.floor(numbers[21] * (height - h + 1))
+        assert (*anchors[k], *shapes[k]) == (left, top, w, h)
+    assert cut > 50 and (anchors >= 0).all() and (anchors + shapes <= sizes).all()
+
+    tried = augment.boxes(sizes, **key)
+    fitted = (tried[1] == shapes).all(axis=1)  # the first try is the same: who compares recipes sees one change only
+    assert 100 < fitted.sum() < 400 and (tried[0][fitted] == anchors[fitted]).all() and (tried[2] == flips).all()
+
+
 def test_crops_are_distributed_as_torchvisions():
     width, height, n = 500, 375, 4000
     index = np.arange(n)

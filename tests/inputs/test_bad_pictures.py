@@ -180,6 +180,6 @@ def test_a_failure_that_is_no_pictures_fault_keeps_its_error(tmp_path, monkeypat
     def fail(*args):
         raise RuntimeError("the driver is gone")
 
-    monkeypatch.setattr(dali._Decoder, "_run", fail)
+    monkeypatch.setattr(dali.Decoder, "_run", fail)
     with pytest.raises(RuntimeError, match="the driver is gone"):
         run(open_catalog(tmp_path))

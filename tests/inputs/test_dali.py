@@ -2,11 +2,12 @@
 
 import itertools
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from made_pictures import encode, picture, recipe
+from made_pictures import encode, picture, recipe, take
 from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import functional as tv
 
@@ -16,26 +17,6 @@ from mage_ds.inputs.order import sample_at
 from mage_ds.inputs.quarantine import Quarantine
 
 PIL_KIND = {"linear": Image.Resampling.BILINEAR, "cubic": Image.Resampling.BICUBIC}
-
-
-def take(catalog, batches, *, position=0, batch=8, micro=None, rank=0, world=1, inputs=None, views=1, seed=4):
-    """Some micro-batches of a rank's stream."""
-    stream = dali.stream(
-        catalog,
-        seed=seed,
-        position=position,
-        batch=batch,
-        micro_batch=micro or batch // world,
-        rank=rank,
-        world=world,
-        inputs=inputs or recipe(),
-        device="cpu",
-        quarantine=Quarantine(None, 0.0, catalog.n),
-        views=views,
-    )
-    taken = list(itertools.islice(stream, batches))
-    stream.close()
-    return taken
 
 
 def evaluate(catalog, indices=None, *, batch=8, inputs=None):
@@ -183,6 +164,16 @@ def test_exactly_once_an_epoch(folder, world):
     assert seen == Counter(itertools.product(range(epochs), range(catalog.n)))
     labels = {int(i): int(label) for b in streams[0] for i, label in zip(b.index, b.labels, strict=True)}
     assert all(label == catalog.label(i) for i, label in labels.items())
+
+
+def test_held_out_pictures_are_never_changed(folder):
+    """Nor cut: whatever the training does to its own."""
+    catalog = open_catalog(folder)
+    colour = SimpleNamespace(**dict.fromkeys(("brightness", "contrast", "saturation"), 0.8), hue=0.2, sigma=(1, 2))
+    vars(colour).update(jitter=1.0, grey=1.0, blur=1.0)
+    changed = recipe(resize=20, crop="clamped", colour=colour, policy="rand-m9-p1")
+    for one, two in zip(evaluate(catalog, inputs=recipe(resize=20)), evaluate(catalog, inputs=changed), strict=True):
+        assert torch.equal(one.images, two.images)
 
 
 def test_evaluation_covers_its_indices_and_pads(folder):

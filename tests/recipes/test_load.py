@@ -155,8 +155,9 @@ def test_schedule():
         ("tokenizer.channels=12", ["tokenizer.channels = 12", "a multiple of 8"]),
         ("tokenizer.codes=65537", ["tokenizer.codes = 65537", "at most 65536"]),
         ("task=classifier", ["task = classifier", "one of tokenizer, pretrain, classify"]),
-        ("inputs.policy=rand-m9-mstd0.5-inc1", ["inputs.policy: is not carried out by this version yet"]),
-        ("inputs.crop=clamped", ["inputs.crop = clamped: is not carried out"]),
+        ("inputs.policy=rand-m9-mdst0.5", ["policy = rand-m9-mdst0.5", "mstdX"]),
+        ("inputs.policy=augmix-m5", ["policy = augmix-m5: must be `rand`"]),
+        ("inputs.crop=clamp", ["inputs.crop = clamp", "one of tried, clamped"]),
         ("batch", ["batch: an override is key=value"]),
         ("=3", ["=3: an override is key=value"]),
         ("model..codes=3", ["an override is key=value"]),
@@ -207,7 +208,7 @@ def test_a_wrong_file(old, new, parts, tmp_path):
 
 def test_no_recipe(tmp_path):
     assert "did you mean pretrain_vit_base?" in error(name="pretrain_vitbase")
-    assert "digits_mage, digits_tokenizer" in error(name="zzz")
+    assert "digits_tokenizer, digits_vit_scratch" in error(name="zzz")
     assert "there.yaml: no such recipe file" in error(name="there.yaml")
     for text in ("", "just words", "- a\n- list"):
         path = tmp_path / "odd.yaml"

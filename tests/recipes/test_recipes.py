@@ -40,6 +40,7 @@ TABLE_10 = {
     "sampling.steps": 20,
     "sampling.temperature": 6.0,
 }
+BOTH_SIZES = ("linear_probe", "finetune", "scratch", "mage_c")
 SIZES = {  # batch, effective lr, encoder and decoder as depth, width, heads
     "pretrain_vit_base": (4096, 2.4e-3, (12, 768, 12), (8, 768, 16)),
     "pretrain_vit_large": (2048, 1.2e-3, (24, 1024, 16), (8, 1024, 16)),
@@ -48,9 +49,53 @@ SIZES = {  # batch, effective lr, encoder and decoder as depth, width, heads
 
 
 def test_names():
-    samples = ["digits_class_conditional", "digits_mage", "digits_tokenizer", "emoji_mage", "emoji_tokenizer"]
-    paper = ["class_conditional_vit_base", *sorted(SIZES), "tokenizer_finetune", "tokenizer_imagenet"]
-    assert recipes.recipe_names() == sorted([*samples, *paper])
+    digits = [
+        "class_conditional",
+        "finetune",
+        "mage",
+        "mage_c",
+        "probe",
+        "scratch",
+        "simclr",
+        "tokenizer",
+        "vit_scratch",
+    ]
+    samples = [*(f"digits_{name}" for name in digits), "emoji_mage", "emoji_tokenizer"]
+    sizes = [f"{task}_vit_{size}" for task in BOTH_SIZES for size in ("base", "large")]
+    paper = ["class_conditional_vit_base", *sorted(SIZES), *sizes, "simclr_vit_base"]
+    assert recipes.recipe_names() == sorted([*samples, *paper, "tokenizer_finetune", "tokenizer_imagenet"])
+
+
+CONTRAST = {  # section 3, Tables 7 to 9; the head's size is ours
+    "contrastive.weight": 0.1,
+    "contrastive.temperature": 0.2,
+    "contrastive.highest": 0.6,
+    "contrastive.hidden": 4096,
+    "contrastive.hidden_layers": 2,
+    "contrastive.out": 256,
+}
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_mage_c_is_mage_but_for_its_contrast(size):
+    mage, mage_c = (recipes.load_recipe(f"{name}_vit_{size}").identity() for name in ("pretrain", "mage_c"))
+    images = {"base": 4096, "large": 2048}[size]
+    other = CONTRAST | {"contrastive.images": images, "objective": "both", "masking.high": 0.6}
+    other |= {"duration": {"epochs": 800}} if size == "base" else {}
+    del mage["contrastive"]
+    assert mage_c == mage | other
+
+
+def test_simclr_has_its_own_augmentation():
+    simclr, mage_c = (recipes.load_recipe(f"{name}_vit_base").identity() for name in ("simclr", "mage_c"))
+    differ = {key for key in simclr.keys() | mage_c.keys() if simclr.get(key) != mage_c.get(key)}
+    assert {key for key in differ if not key.startswith(("masking", "inputs.colour"))} == {
+        *("objective", "contrastive.weight", "contrastive.highest", "inputs.augmentation.scale"),
+    }
+    jitter = [simclr[f"inputs.colour.{key}"] for key in ("brightness", "contrast", "saturation", "hue", "jitter")]
+    assert (jitter, simclr["masking"], simclr["objective"]) == ([0.8, 0.8, 0.8, 0.2, 0.8], None, "contrastive")
+    chances = [simclr[f"inputs.colour.{key}"] for key in ("grey", "blur", "sigma")]
+    assert chances == [0.2, 0.5, [0.1, 2.0]] and simclr["inputs.augmentation.scale"] == [0.08, 1.0]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -86,6 +131,115 @@ def test_class_conditional(name, below, decoder):
     shared = ("batch", "warmup", "optimizer", "inputs", "tokenizer", "masking", "label_smoothing", "machine")
     for key in (*shared, "duration", "report")[: None if "vit" in name else len(shared)]:
         assert getattr(recipe, key) == getattr(mage, key), key
+
+
+# Tables 11 to 13, written out once more; the values of ViT-B and ViT-L where they differ.
+CLASSIFIERS = {
+    "linear_probe": {
+        "protocol": "probe",
+        "batch": 4096,
+        "duration": {"epochs": 90},
+        "warmup": {"epochs": 10},
+        "optimizer.name": "lars",
+        "optimizer.base_lr": (0.1, 0.05),
+        "optimizer.min_lr": 0.0,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.momentum": 0.9,
+        "optimizer.trust": 0.001,
+        "optimizer.layer_decay": None,
+        "optimizer.ema": None,
+        "inputs.crop": "clamped",
+        "inputs.policy": None,
+        "model.drop_path": 0.0,
+        "model.head_std": 0.01,
+        "label_smoothing": 0.0,
+        "mix": None,
+    },
+    "finetune": {
+        "protocol": "finetune",
+        "batch": 1024,
+        "duration": ({"epochs": 100}, {"epochs": 50}),
+        "warmup": {"epochs": 5},
+        "optimizer.name": "adamw",
+        "optimizer.base_lr": 2.5e-4,
+        "optimizer.min_lr": 1e-6,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.betas": [0.9, 0.999],
+        "optimizer.layer_decay": (0.65, 0.75),
+        "optimizer.ema": None,
+        "inputs.crop": "tried",
+        "inputs.policy": "rand-m9-mstd0.5-inc1",
+        "model.drop_path": (0.1, 0.2),
+        "model.head_std": 2e-5,
+        "label_smoothing": 0.1,
+    },
+    "scratch": {
+        "protocol": "scratch",
+        "batch": 4096,
+        "duration": ({"epochs": 300}, {"epochs": 200}),
+        "warmup": {"epochs": 20},
+        "optimizer.name": "adamw",
+        "optimizer.base_lr": 1e-4,
+        "optimizer.min_lr": 0.0,
+        "optimizer.weight_decay": 0.3,
+        "optimizer.betas": [0.9, 0.95],
+        "optimizer.layer_decay": None,
+        "optimizer.ema": 0.9999,
+        "inputs.crop": "tried",
+        "inputs.policy": "rand-m9-mstd0.5-inc1",
+        "model.drop_path": (0.1, 0.2),
+        "model.head_std": 0.02,
+        "label_smoothing": 0.1,
+    },
+}
+ALL_CLASSIFIERS = {
+    "optimizer.clip": None,
+    "inputs.image_size": 256,
+    "inputs.augmentation.scale": [0.2, 1.0],
+    "inputs.augmentation.ratio": [3 / 4, 4 / 3],
+    "inputs.augmentation.flip": True,
+    "inputs.colour": None,
+    "inputs.interpolation": "cubic",
+    "inputs.evaluation_resize": 292,
+    "model.classes": 1000,
+    "model.tokens": 256,
+    "model.vocabulary": 1026,
+    "model.patch": None,
+    "model.dropout": 0.1,
+}
+MIX = {"mix.mixup": 0.8, "mix.cutmix": 1.0, "mix.probability": 1.0, "mix.switch": 0.5}
+PUBLISHED = {"linear_probe": (74.7, 78.9), "finetune": (82.5, 83.9), "scratch": (None, None)}
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_classifiers(kind, size):
+    name = ("base", "large")[size]
+    recipe, mage = (recipes.load_recipe(f"{each}_vit_{name}") for each in (kind, "pretrain"))
+    own = CLASSIFIERS[kind] | ({} if kind == "linear_probe" else MIX)
+    wanted = {key: value[size] if isinstance(value, tuple) else value for key, value in (ALL_CLASSIFIERS | own).items()}
+    identity = recipe.identity()
+    assert {key: identity[key] for key in wanted} == wanted
+    assert (recipe.published or {"top1": None})["top1"] == PUBLISHED[kind][size]
+    assert recipe.model.encoder == mage.model.encoder and recipe.tokenizer == mage.tokenizer
+    assert recipe.report.evaluate_samples == 50_000  # all of ImageNet's
+
+
+def test_the_digits_classifiers_fit_its_mage():
+    mage = recipes.load_recipe("digits_mage")
+    for name in ("probe", "finetune", "scratch"):
+        recipe = recipes.load_recipe(f"digits_{name}")
+        assert (recipe.tokenizer, recipe.model.encoder, recipe.inputs) == (
+            mage.tokenizer,
+            mage.model.encoder,
+            mage.inputs,
+        )
+        assert (recipe.model.tokens, recipe.model.vocabulary) == (mage.model.tokens, mage.model.vocabulary)
+    pixels, tokens = recipes.load_recipe("digits_vit_scratch"), recipes.load_recipe("digits_scratch")
+    assert pixels.model.encoder == tokens.model.encoder
+    assert (pixels.inputs.image_size // pixels.model.patch) ** 2 == tokens.model.tokens
+    shared = ("batch", "duration", "warmup", "optimizer", "inputs", "label_smoothing", "mix")
+    assert all(getattr(pixels, key) == getattr(tokens, key) for key in shared)
 
 
 # The original VQGAN's numbers, as "details as VQGAN" stands for them, and the paper's batch, augmentation and sizes.

@@ -1,7 +1,6 @@
 """The passport of a score: what is written is read again, and what differs is named."""
 
 import copy
-import json
 import math
 import subprocess
 from pathlib import Path
@@ -73,13 +72,23 @@ def test_figures_are_the_same_to_a_millionth():
     assert said.startswith("figures.fid.interval.0: 12.0 then, none now")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1}', json.dumps({"rows": 3})])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1}'])
 def test_no_passport(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)
     with pytest.raises(UserError, match="is no passport of a score") as caught:
         passport.read(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, what", [('{"rows": 3}', "a sweep of several"), ('{"looks": []}', "a comparison of two")]
+)
+def test_a_passport_of_several(tmp_path, text, what):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"results.json: is {what} .*; name the results.json of one evaluation"):
+        passport.read(path)
 
 
 def test_no_file(tmp_path):

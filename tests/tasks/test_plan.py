@@ -58,6 +58,22 @@ def test_lars_is_planned_as_it_can_run(capsys):
     assert f"disk         {8 * count / GIB:.2f} GiB a checkpoint" in shown  # a weight and its momentum
 
 
+def test_of_classifiers(capsys):
+    """A probe's frozen encoder is planned in bf16, though LARS wants the head in float32; their inputs differ."""
+    words = ["--gpus", 8, "--gpu-memory", 80]
+    probe = plan(capsys, "linear_probe_vit_base", *words)
+    assert "parameters   769,000\n" in probe and "989 TFLOP/s" in probe  # 768 x 1000 + 1000
+    assert "(forward and backward, the frozen encoder, the tokenizer's encoder)" in probe
+    assert "--data DATA --init MAGE --out RUN" in probe and "--precision" not in probe
+    exact = plan(capsys, "linear_probe_vit_base", "machine.precision=float32", *words)
+    assert "67 TFLOP/s" in exact and "--precision float32" in exact
+    tuned = plan(capsys, "digits_finetune", *words)
+    assert "(forward and backward, the tokenizer's encoder)" in tuned and "--data DATA --init MAGE" in tuned
+    assert "--data DATA --tokenizer TOKENIZER --out RUN" in plan(capsys, "digits_scratch", *words)
+    pixels = plan(capsys, "digits_vit_scratch", *words)
+    assert "(forward and backward)" in pixels and "--data DATA --out RUN" in pixels
+
+
 def test_of_a_decoder(capsys):
     shown = plan(capsys, "digits_class_conditional", "batch=64", "--gpus", 8, "--gpu-memory", 80)
     assert "parameters   433,794\n" in shown  # the decoder's: 2 blocks of 128, positions, head, and 11 labels

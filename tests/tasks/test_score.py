@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -51,6 +52,11 @@ def scored(tmp_path_factory):
     draw(root / "unlike" / "large", 5, 5, side=SIDE + 8)
     draw(root / "one", 1, 6)
     np.savez(root / "float.npz", arr_0=np.random.default_rng(0).random((12, SIDE, SIDE, 3), dtype=np.float32))
+    (root / "jpeg" / "config.json").write_text("{}")  # somebody's
+    (root / "stranger").mkdir()
+    (root / "stranger" / "config.json").write_text('{"kind": 3}')
+    (root / "lone.tar").write_bytes(b"")
+    (root / "versus.json").write_text('{"looks": [], "names": {}}')
     np.savez(root / "foreign.npz", mu=np.zeros(64), sigma=np.eye(64))
     ours = ["--features", "run:mage", "--threads", 1]
     base = ["mage", "--reference", "real", *ours, "--batch", BATCH]
@@ -79,6 +85,10 @@ def scored(tmp_path_factory):
         ],
         "jpeg": ["jpeg", "--reference", "stats.npz", *ours, "--out", "j", "--num", 30],
         "large": ["unlike/large", "--reference", "stats.npz", *ours, "--out", "l", "--metrics", "fid"],
+        "little": [*base, "--num", 20, "--metrics", "fid", "--neighbours", "off", "--out", "grown"],
+        "another metric": [*base, "--num", 20, "--metrics", "kid", "--neighbours", "off", "--out", "grown"],
+        "more": [*base, "--num", 29, "--metrics", "fid", "--neighbours", "off", "--out", "grown"],
+        "of files": ["kept", *base[1:], "--num", 29, "--metrics", "fid", "--out", "as_many"],
         "IS": [*base, "--num", 20, "--out", "never", "--metrics", "fid,is"],
         "foreign": ["kept", "--reference", "foreign.npz", *ours, "--out", "never"],
         "extractor": ["kept", "--reference", "stats.npz", "--features", "run:other", "--out", "never"],
@@ -94,6 +104,14 @@ def scored(tmp_path_factory):
         "neither": ["kept", "--reference", "real", "--metrics", "fid", "--out", "never"],
         "other settings": [*base, "--num", NUM, "--seed", 5, "--out", "drawn"],
         "file": ["--make-reference", "real", *ours, "--out", "stats"],
+        "tar": ["lone.tar", "--reference", "real", *ours, "--out", "never"],
+        "stranger": ["stranger", "--reference", "real", *ours, "--out", "never"],
+        "nowhere": ["nowhere", "--reference", "real", *ours, "--out", "never"],
+        "no reference": ["kept", "--reference", "nowhere", *ours, "--out", "never"],
+        "out is a file": ["kept", "--reference", "real", *ours, "--out", "float.npz/out"],
+        "binary": ["--replay", "foreign.npz", "--out", "never"],
+        "comparison": ["--replay", "versus.json", "--out", "never"],
+        "weights": [*base, "--weights", "raw", "--out", "never"],
     }
     words = {name: ["evaluate", *line] for name, line in lines.items() if line}
     for name, out in (("sample", "kept"), ("anew", "anew")):
@@ -152,7 +170,7 @@ def test_figures_are_those_of_a_plain_computation(scored):
     assert figures["fid"]["value"] == pytest.approx(fid, rel=1e-3)
     low, high = figures["fid"]["interval"]
     assert low < figures["fid"]["value"] < high and figures["fid"]["n"] == NUM
-    assert {*figures} == {"fid", "precision", "recall"}  # "again" asked for these
+    assert {*figures} == {"fid", "fid_infinity", "kid", "precision", "recall"}  # "again" asked for some of them
     apart = np.sqrt(((made[:, None] - real[None]) ** 2).sum(2)).min(1)
     within = np.sqrt(((real[:, None] - real[None]) ** 2).sum(2)) + np.diag(np.full(70, np.inf))
     near = found["neighbours"]
@@ -206,8 +224,9 @@ def test_the_same_from_files_and_statistics(scored):
     root, _ = scored
     said(scored, "files")
     drawn, files = values(results(root / "drawn")), values(results(root / "files"))
-    for name, value in drawn.items():
-        assert files[name] == pytest.approx(value, rel=1e-9), name
+    assert {*files} == {"fid", "kid", "precision", "recall"}  # "drawn" was asked for more
+    for name, value in files.items():
+        assert drawn[name] == pytest.approx(value, rel=1e-9), name
     assert results(root / "files")["reference"]["kind"] == "statistics"
     [place] = (root / "evaluated" / "kept").iterdir()
     assert place.name.startswith("real-val-") and results(place)["source"]["n"] == 50
@@ -216,6 +235,32 @@ def test_the_same_from_files_and_statistics(scored):
 
 def test_printed_again_without_drawing(scored):
     assert "looked at" not in said(scored, "again")
+
+
+def test_another_metric_stands_beside_the_first_and_another_number_apart(scored):
+    """Two calls give what one gives, in any order; what is of other pictures is kept under another name. The last tile
+    of 20 pictures is half of one."""
+    root, _ = scored
+    first, both, more = (said(scored, name) for name in ("little", "another metric", "more"))
+    assert "looked at 20/20" in first and "looked at" not in both
+    assert "results.json: was of something else (source.n: 20 then, 29 now), and is results-1.json now" in more
+    assert "was the last of fewer pictures: has 4, 8 are wanted; made anew" in more and "damaged" not in more
+    assert "looked at 13/13" in more
+    grown, before = results(root / "grown"), json.loads((root / "grown" / "results-1.json").read_text())
+    assert {*values(before)} == {"fid", "kid"} and before["options"]["metrics"] == ["fid", "kid"]
+    assert f"\nFID  {values(before)['fid']:.6g} " in first and before["source"]["n"] == 20
+    assert any("biased upwards" in line for line in before["remarks"])
+    assert any("KID: subsets of 20" in line for line in before["remarks"])
+    assert {*values(grown)} == {"fid"} and grown["source"]["n"] == 29
+    said(scored, "of files")
+    assert values(grown)["fid"] == pytest.approx(values(results(root / "as_many"))["fid"], rel=1e-9)
+
+
+def test_versions_that_features_depend_on(scored):
+    book = json.loads((scored[0] / "drawn" / "features" / "samples" / "features.json").read_text())
+    names = ("torch", "numpy", "pillow", "timm", "torch-fidelity")
+    assert book["settings"]["versions"] == {name: metadata.version(name) for name in names}
+    assert {*names} < {*results(scored[0] / "drawn")["versions"]}
 
 
 def test_replayed(scored):
@@ -253,10 +298,18 @@ MISTAKES = {
     "twice": ["--per-class 5", "--num"],
     "no classes": ["--per-class 5", "knows no classes"],
     "readable": ["--metrics readable", "in a call of its own"],
-    "both": ["--inception", "--features"],
+    "both": ["--inception", "--features", "leave one out"],
     "neither": ["--inception", "--features"],
     "other settings": ["drawn", "seed 0 there, 5 here"],
     "file": ["--out stats", "stats.npz"],
+    "tar": ["lone.tar: is a single tar", "folder"],
+    "stranger": ["stranger: no pictures"],
+    "nowhere": ["nowhere: no such folder", "see the spelling"],
+    "no reference": ["nowhere: no such folder", "see the spelling"],
+    "out is a file": ["--out float.npz: is a file"],
+    "binary": ["foreign.npz: is no passport of a score"],
+    "comparison": ["versus.json: is a comparison of two (--versus)", "results.json of one evaluation"],
+    "weights": ["--weights raw", "is no run folder"],
 }
 
 
@@ -265,6 +318,8 @@ def test_mistakes_are_one_line(scored, name):
     root, answers = scored
     code, _, err = answers[name]
     assert code == 2 and err.count("\n") == 1 and all(part in err for part in MISTAKES[name]), err
+    assert len(err) < 400
+    assert "--sample" not in err.replace("or make a sample data set with `mage-ds prepare --sample", "")
     assert not (root / "never").exists()
 
 
@@ -292,7 +347,8 @@ def test_killed_and_on_two_ranks(scored, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
     text = run(*line, cwd=tmp_path).text
     assert text.count("written to") == 1
-    assert results(tmp_path / "out")["figures"] == results(root / "drawn")["figures"]
+    found, drawn = results(tmp_path / "out")["figures"], results(root / "drawn")["figures"]
+    assert found == {name: drawn[name] for name in ("fid", "precision", "recall")}  # "drawn" was asked for more
     assert results(tmp_path / "out")["machine"]["ranks"] == 2
     assert not (tmp_path / "out" / ".work").exists()
 
