@@ -14,19 +14,13 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mage_ds.engine import wrap
+from mage_ds.engine import made, wrap
 from mage_ds.engine.memory import Live
-from mage_ds.interop import parts
-from mage_ds.models import ContrastiveEncoder, Decoder, Encoder, Mage, MageC, PixelViT, ProbeHead, Vqgan
+from mage_ds.models import Vqgan
 from mage_ds.models.adversary import Lpips, PatchGAN
-from mage_ds.models.contrastive import info_nce
-from mage_ds.models.mage import token_loss
-from mage_ds.models.masking import masks
-from mage_ds.recipes.schema import ClassifyRecipe, PretrainRecipe, Recipe, TokenizerRecipe
-from mage_ds.recipes.sections import VqganModel
+from mage_ds.recipes.schema import Recipe, TokenizerRecipe
 
 CHECKPOINTING = ("none", "selective", "full")
-_DECODER = ("decoder", "tokens", "vocabulary", "dropout", "padding", "classes")  # of a MAGE's numbers
 _COUNTED = (2, 4)  # images; a single one has shapes of its own, which differ by a few per cent
 
 _SHARE = 0.5  # of the memory of a rank: the rest holds weights, moments, gradients, buffers and the input queue
@@ -73,77 +67,12 @@ def largest_micro_batch(bytes_per_image: float, device: torch.device, local_worl
     return max(1, min(_ENOUGH[device.type], int(memory * _SHARE / max(1.0, bytes_per_image))))
 
 
-# --- a recipe's model, and a step of it on made inputs
-
-
-def model_of(recipe: Recipe) -> torch.nn.Module:
-    """The model that the recipe trains, without initial values, on torch's default device: of a MAGE with classes the
-    decoder alone, of a linear probe the head."""
-    numbers = recipe.model.model_dump()
-    if isinstance(recipe, TokenizerRecipe):
-        return Vqgan(**numbers)
-    if isinstance(recipe, ClassifyRecipe):
-        if recipe.protocol == "probe":
-            return ProbeHead(width=recipe.model.encoder.width, classes=numbers["classes"], head_std=numbers["head_std"])
-        kind, numbers = parts.numbers(recipe)
-        return parts.MODELS[kind](**numbers)
-    if recipe.contrastive:
-        projection = recipe.contrastive.model_dump(include={"hidden", "hidden_layers", "out"})
-        if recipe.objective == "both":
-            return MageC(projection=projection, **numbers)
-        return ContrastiveEncoder(projection=projection, **{key: numbers[key] for key in parts.ENCODER})
-    if recipe.model.classes is None:
-        return Mage(**numbers)
-    return Decoder(width=recipe.model.encoder.width, **{key: numbers[key] for key in _DECODER})
-
-
-def encoder_of(recipe: Recipe) -> Encoder | PixelViT | None:
-    """The frozen encoder below the trained model, where there is one; as `model_of`."""
-    numbers = recipe.model.model_dump()
-    if isinstance(recipe, ClassifyRecipe):
-        if recipe.protocol != "probe":
-            return None
-        if recipe.model.patch:
-            return PixelViT(image_size=recipe.inputs.image_size, **{key: numbers[key] for key in ("encoder", "patch")})
-        numbers["codes"] = recipe.tokenizer.codes
-    elif not isinstance(recipe, PretrainRecipe) or recipe.model.classes is None:
-        return None
-    return Encoder(**{key: numbers[key] for key in parts.ENCODER})
-
-
-def _encode(recipe: Recipe, encoder, images: int, device) -> torch.Tensor:
-    """What a step asks of the frozen encoder, of made inputs in torch's default dtype."""
-    if isinstance(recipe, PretrainRecipe):
-        return encoder(*_masked_tokens(recipe, images, device))
-    return encoder.features(_whole(recipe, images, device, torch.get_default_dtype()))
-
-
-def tokenizer_of(recipe: Recipe) -> VqganModel | None:
-    """The frozen tokenizer beside the trained model, where there is one."""
-    return None if isinstance(recipe, TokenizerRecipe) else recipe.tokenizer
-
-
-def judges_of(recipe: Recipe) -> list[tuple[torch.nn.Module, Callable]]:
-    """What looks at a tokenizer's reconstructions beside their pixels, on torch's default device: the network, and its
-    call on (pictures, reconstructions)."""
-    found = []
-    if not isinstance(recipe, TokenizerRecipe):
-        return found
-    if recipe.loss.perceptual:
-        lpips = Lpips()
-        found.append((lpips, lambda real, fake: lpips(fake, real)))
-    if numbers := recipe.adversary:
-        critic = PatchGAN(numbers.channels, numbers.layers, numbers.norm)
-        found.append((critic, lambda real, fake: (critic(real), critic(fake))))
-    return found
-
-
 def parameters(recipe: Recipe) -> list[int]:
     """Sizes of the trained parameters, in the model's order; a discriminator's after the tokenizer's (its engine is
     another one: with small buckets, what they hold is a little more)."""
     with torch.device("meta"):
-        trained = [model_of(recipe)]
-        trained += [critic for critic, _ in judges_of(recipe) if isinstance(critic, PatchGAN)]
+        trained = [made.model_of(recipe)]
+        trained += [critic for critic, _ in made.judges_of(recipe) if isinstance(critic, PatchGAN)]
         return [p.numel() for model in trained for p in model.parameters()]
 
 
@@ -151,88 +80,11 @@ def tokenizer_step_bytes(recipe: Recipe) -> int:
     """Bytes that autograd keeps of one picture at most in a step of a tokenizer, computed in float32: its own while
     the hungriest of its judges looks at the reconstruction."""
     with _fake(torch.float32):
-        model, judges = model_of(recipe), judges_of(recipe)
-        real, fake = (_pictures(recipe, 1, "cpu", torch.float32) for _ in range(2))
+        model, judges = made.model_of(recipe), made.judges_of(recipe)
+        real, fake = (made.pictures_of(recipe, 1, "cpu", torch.float32) for _ in range(2))
         fake.requires_grad_()
         most = max((activation_bytes(partial(look, real, fake), judge) for judge, look in judges), default=0)
         return most + activation_bytes(partial(model, real), model)
-
-
-def loss_on_made_inputs(recipe: Recipe, model, images: int, dtype: torch.dtype, device="cpu") -> torch.Tensor:
-    """The recipe's loss of `images` inputs with random values; `model`: plain, or an engine around it."""
-    if isinstance(recipe, ClassifyRecipe):
-        return F.cross_entropy(*classified(recipe, model, images, dtype, device))
-    if isinstance(recipe, TokenizerRecipe):
-        pictures = _pictures(recipe, images, device, torch.float32)
-        drawn, _, codebook, commitment = model(pictures.to(dtype))
-        l1 = (drawn.float() - pictures).abs().mean(dim=(1, 2, 3))
-        weights = recipe.loss
-        return (weights.l1 * l1 + weights.codebook * codebook + weights.commitment * commitment).mean()
-    if recipe.contrastive:
-        return _contrast(recipe, model, images, device)
-    logits, tokens, masked = mage_on_made_inputs(recipe, model, images, dtype, device)
-    losses, _ = token_loss(logits, tokens, masked, recipe.label_smoothing)
-    return losses.mean()
-
-
-def _contrast(recipe: PretrainRecipe, model, images: int, device) -> torch.Tensor:
-    """Of two views of each picture, all of which count, with what a rank has of the contrast alone."""
-    tokens, masked, keep = _masked_tokens(recipe, 2 * images, device)
-    counted = torch.ones(2 * images, device=device)
-    made = model(tokens, masked, keep, counted, _alone)
-    logits, views = made if recipe.objective == "both" else (None, made)
-    temperature = recipe.contrastive.temperature
-    loss, _, _ = info_nce(views, counted[:images], temperature=temperature, gathered=_alone)
-    if logits is None:
-        return loss
-    return loss + token_loss(logits, tokens, masked, recipe.label_smoothing)[0].mean()
-
-
-def _alone(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def mage_on_made_inputs(recipe: PretrainRecipe, model, images: int, dtype: torch.dtype, device):
-    """Logits of the trained model, a decoder's from made vectors of a frozen encoder; the tokens and their masks."""
-    tokens, masked, keep = _masked_tokens(recipe, images, device)
-    if recipe.model.classes is None:
-        return model(tokens, masked, keep), tokens, masked
-    width, labels = recipe.model.encoder.width, tokens[:, 0] % recipe.model.classes
-    x = torch.rand(images, 1 + keep.shape[1], width, device=device, dtype=dtype)
-    words = torch.rand(recipe.model.codes, width, device=device, dtype=dtype)
-    return model(x, masked, keep, words, labels), tokens, masked
-
-
-def classified(recipe: ClassifyRecipe, model, images: int, dtype: torch.dtype, device):
-    """Class scores of the trained model, a probe's from made features of a frozen encoder; labels for them."""
-    labels = torch.randint(recipe.model.classes, (images,), device=device)
-    if recipe.protocol == "probe":
-        return model(torch.rand(images, recipe.model.encoder.width, device=device, dtype=dtype)).float(), labels
-    return model(_whole(recipe, images, device, dtype)).float(), labels
-
-
-def _whole(recipe: ClassifyRecipe, images: int, device, dtype: torch.dtype) -> torch.Tensor:
-    """What a classifier sees of whole pictures: tokens, or pixels."""
-    if recipe.tokenizer is None:
-        return _pictures(recipe, images, device, dtype)
-    return torch.randint(recipe.tokenizer.codes, (images, recipe.model.tokens), device=device)
-
-
-def _masked_tokens(
-    recipe: PretrainRecipe, images: int, device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Random tokens and masks: int64 (images, N), bool (images, N), and what the encoder keeps (None: all)."""
-    tokens = torch.randint(recipe.model.codes, (images, recipe.model.tokens), device=device)
-    if recipe.masking is None:
-        return tokens, torch.zeros_like(tokens, dtype=torch.bool), None
-    noise = torch.rand(images, recipe.model.tokens, dtype=torch.float64, device=device)
-    ratio = torch.full((images,), recipe.masking.high, dtype=torch.float64, device=device)
-    return tokens, *masks(noise, ratio, recipe.masking.drop)
-
-
-def _pictures(recipe: Recipe, images: int, device, dtype: torch.dtype) -> torch.Tensor:
-    size = recipe.inputs.image_size
-    return torch.rand(images, 3, size, size, device=device, dtype=dtype)
 
 
 def flops_per_image(recipe: Recipe, *, cached: bool = False) -> int:
@@ -243,16 +95,17 @@ def flops_per_image(recipe: Recipe, *, cached: bool = False) -> int:
     cent at the paper's size, and from its start on only.
     """
     with torch.device("meta"):
-        model, tokenizer, encoder = model_of(recipe).eval(), tokenizer_of(recipe), encoder_of(recipe)
-        count = 3 * forward_flops(lambda: loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"))
+        model, tokenizer, encoder = made.model_of(recipe).eval(), made.tokenizer_of(recipe), made.encoder_of(recipe)
+        count = 3 * forward_flops(lambda: made.loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"))
         if encoder is not None:
-            count += forward_flops(lambda: _encode(recipe, encoder, 1, "meta"))
+            count += forward_flops(lambda: made.encode(recipe, encoder, 1, "meta"))
         if tokenizer is not None and not cached:
-            vqgan, views = Vqgan(**tokenizer.model_dump()), _pictures(recipe, recipe.views, "meta", torch.float32)
+            vqgan = Vqgan(**tokenizer.model_dump())
+            views = made.pictures_of(recipe, recipe.views, "meta", torch.float32)
             count += forward_flops(lambda: vqgan.encode(views))
     with _fake(torch.float32):
-        real, fake = (_pictures(recipe, 1, "cpu", torch.float32) for _ in range(2))
-        looks = [look for judge, look in judges_of(recipe) if isinstance(judge, Lpips)]
+        real, fake = (made.pictures_of(recipe, 1, "cpu", torch.float32) for _ in range(2))
+        looks = [look for judge, look in made.judges_of(recipe) if isinstance(judge, Lpips)]
         count += sum(3 * forward_flops(partial(look, real, fake)) // 2 for look in looks)
     return count
 
@@ -293,14 +146,14 @@ def activations(recipe: Recipe, dtype: torch.dtype, *, gpu: bool) -> dict[str, A
 def frozen_calls(recipe: Recipe, dtype: torch.dtype) -> dict[str, tuple[torch.nn.Module, Callable]]:
     """The frozen models beside the trained one by name, in torch's default dtype, which must be `dtype` when they are
     called, without initial values: the module, and what a step asks of it for a number of images."""
-    found, tokenizer, encoder = {}, tokenizer_of(recipe), encoder_of(recipe)
+    found, tokenizer, encoder = {}, made.tokenizer_of(recipe), made.encoder_of(recipe)
     if encoder is not None:
-        found["encoder"] = encoder.eval(), lambda n: _encode(recipe, encoder, n, "cpu")
+        found["encoder"] = encoder.eval(), lambda n: made.encode(recipe, encoder, n, "cpu")
     if tokenizer is not None:
         vqgan, views = Vqgan(**tokenizer.model_dump()), recipe.views
         found["tokenizer"] = (
             vqgan,
-            lambda n: vqgan.tokenize(_pictures(recipe, views * n, "cpu", torch.float32).to(dtype)),
+            lambda n: vqgan.tokenize(made.pictures_of(recipe, views * n, "cpu", torch.float32).to(dtype)),
         )
     return found
 
@@ -337,7 +190,7 @@ def _shallow(recipe: Recipe) -> Recipe:
 def _kept(recipe: Recipe, images: int, dtype: torch.dtype, gpu: bool) -> dict[str, int]:
     """Bytes alive at the end of a forward pass, by choice. A block that is computed again leaves its output only."""
     with _fake(dtype):
-        model, blocks = model_of(recipe), {}
+        model, blocks = made.model_of(recipe), {}
         with Live(model.parameters()) as live, _kernels(gpu):
             own = live.now
 
@@ -350,7 +203,7 @@ def _kept(recipe: Recipe, images: int, dtype: torch.dtype, gpu: bool) -> dict[st
             for block in wrap.blocks(model):
                 block.register_forward_pre_hook(before)
                 block.register_forward_hook(after)
-            loss = loss_on_made_inputs(recipe, model, images, dtype)
+            loss = made.loss_on_made_inputs(recipe, model, images, dtype)
             last = live.now - own
         del loss
         return {
@@ -362,13 +215,13 @@ def _kept(recipe: Recipe, images: int, dtype: torch.dtype, gpu: bool) -> dict[st
 def _working(recipe: Recipe, which: str, images: int, dtype: torch.dtype, gpu: bool) -> int:
     """Most bytes of a backward pass, beyond those at its start; a parameter's gradient is dropped once it is there."""
     with _fake(dtype):
-        model = model_of(recipe)
+        model = made.model_of(recipe)
         for block in wrap.recomputed(wrap.blocks(model), which):
             wrap.recompute(block)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with Live(model.parameters()) as live, _kernels(gpu):
-            loss = loss_on_made_inputs(recipe, model, images, dtype)
+            loss = made.loss_on_made_inputs(recipe, model, images, dtype)
             live.peak = start = live.now
             loss.backward()
     return live.peak - start
@@ -380,9 +233,9 @@ def _judging(recipe: Recipe, images: int, dtype: torch.dtype) -> int:
     most = 0
     for kind, form in ((Lpips, torch.float32), (PatchGAN, dtype)):
         with _fake(form):
-            real, fake = (_pictures(recipe, images, "cpu", form) for _ in range(2))
+            real, fake = (made.pictures_of(recipe, images, "cpu", form) for _ in range(2))
             fake.requires_grad_()
-            for judge, look in judges_of(recipe):
+            for judge, look in made.judges_of(recipe):
                 if not isinstance(judge, kind):
                     continue
                 with Live([real, fake, *judge.parameters()]) as live:

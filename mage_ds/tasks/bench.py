@@ -5,7 +5,7 @@ import time
 import torch
 
 from mage_ds import recipes
-from mage_ds.engine import budget, ds_config, memory, planner, process, wrap
+from mage_ds.engine import budget, ds_config, made, memory, planner, process, wrap
 from mage_ds.engine.memory import KINDS
 from mage_ds.errors import UserError
 from mage_ds.recipes.schema import Recipe
@@ -67,7 +67,7 @@ def _config(recipe: Recipe, name: str, precision: str, world: int) -> dict:
 def _measure(recipe: Recipe, config: dict, dtype: torch.dtype) -> dict[str, float]:
     """Bytes by kind of this rank, and the seconds of a step."""
     outside = memory.storages()
-    model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, config)
+    model = wrap.build(lambda: made.model_of(recipe), recipe.seed, config)
     engine = wrap.wrap(model, recipe, config, process.start().device)
     step = _Step(engine, recipe, dtype, outside)
     step.take()
@@ -92,7 +92,7 @@ class _Step:
         """forward(): called around each forward pass; backward(): after each backward pass."""
         for _ in range(_ACCUMULATED):
             forward()
-            loss = planner.loss_on_made_inputs(self.recipe, self.engine, self.recipe.machine.micro_batch, self.dtype)
+            loss = made.loss_on_made_inputs(self.recipe, self.engine, self.recipe.machine.micro_batch, self.dtype)
             forward()
             self.engine.backward(loss)
             del loss

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from mage_ds import recipes
-from mage_ds.engine import checkpoint, ds_config, planner, process, wrap
+from mage_ds.engine import checkpoint, ds_config, made, process, wrap
 from mage_ds.errors import UserError
 from mage_ds.recipes.schema import Recipe
 from mage_ds.report.progress import duration
@@ -56,7 +56,7 @@ def _engine(recipe: Recipe, deepspeed_config: str, me):
     recipe = recipe.model_copy(update={"machine": machine, "batch": me.world})
     precision = ds_config.choose_precision(machine.precision, me.device)
     config = ds_config.alone(deepspeed_config, recipe, me.world, precision)
-    model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, config)
+    model = wrap.build(lambda: made.model_of(recipe), recipe.seed, config)
     return wrap.wrap(model, recipe, config, me.device)
 
 

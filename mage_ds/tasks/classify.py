@@ -21,6 +21,7 @@ from mage_ds.engine import (
     feature_table,
     held_out,
     loop,
+    made,
     planner,
     process,
     run_folder,
@@ -90,7 +91,7 @@ def classify(
         if isinstance(catalog, TokenCache):
             below.warn_of_dtype(catalog, precision)
         given = _given(encoder) if recipe.protocol == "finetune" and encoder is not None else None
-        model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, plan.config, given)
+        model = wrap.build(lambda: made.model_of(recipe), recipe.seed, plan.config, given)
         tabled = feature_table.serves(recipe, catalog)
         opened = training.begin(
             plan,
@@ -324,8 +325,8 @@ def _flops(recipe: ClassifyRecipe, *, cached: bool, tabled: bool) -> int:
     if not tabled:
         return planner.flops_per_image(recipe, cached=cached)
     with torch.device("meta"):
-        head = planner.model_of(recipe).eval()
-        return 3 * planner.forward_flops(lambda: planner.loss_on_made_inputs(recipe, head, 1, torch.float32, "meta"))
+        head = made.model_of(recipe).eval()
+        return 3 * planner.forward_flops(lambda: made.loss_on_made_inputs(recipe, head, 1, torch.float32, "meta"))
 
 
 def _largest_micro_batch(recipe: ClassifyRecipe) -> int:
@@ -334,8 +335,8 @@ def _largest_micro_batch(recipe: ClassifyRecipe) -> int:
         each = max(peak.slope for _, peak in planner.frozen_bytes(recipe, torch.float32).values())
     else:
         with torch.device("meta"):
-            model = planner.model_of(recipe)
+            model = made.model_of(recipe)
         each = planner.activation_bytes(
-            lambda: planner.loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"), model
+            lambda: made.loss_on_made_inputs(recipe, model, 1, torch.float32, "meta"), model
         )
     return planner.largest_micro_batch(each, me.device, me.local_world)

@@ -7,7 +7,7 @@ import shlex
 from typing import NamedTuple
 
 from mage_ds import recipes
-from mage_ds.engine import budget, ds_config, planner
+from mage_ds.engine import budget, ds_config, made, planner
 from mage_ds.engine.memory import KINDS
 from mage_ds.errors import UserError
 from mage_ds.recipes.schema import Recipe
@@ -181,7 +181,7 @@ def _time(recipe, samples, gpus, mfu, peak, price) -> list[str]:
     parts = ["forward and backward"]
     if _probes(recipe) or (recipe.task == "pretrain" and recipe.model.classes is not None):
         parts.append("the frozen encoder")
-    if planner.tokenizer_of(recipe):
+    if made.tokenizer_of(recipe):
         parts.append("the tokenizer's encoder")
     hours = steps * recipe.batch * flops / (gpus * peak * 1e12 * used) / 3600
     how = "MFU assumed: a short run's metrics.jsonl has it, for --mfu" if mfu is None else "MFU as given"
@@ -240,7 +240,7 @@ def _command(name, overrides, recipe, row, gpus, hosts, precision) -> list[str]:
         each for each in overrides if not each.startswith(("machine.activation_checkpointing=", "machine.micro_batch="))
     ]
     words = [name, *kept, f"machine.activation_checkpointing={row.checkpointing}"]
-    given = " --tokenizer TOKENIZER" if planner.tokenizer_of(recipe) else ""
+    given = " --tokenizer TOKENIZER" if made.tokenizer_of(recipe) else ""
     if (recipe.task == "pretrain" and recipe.model.classes) or getattr(recipe, "protocol", "scratch") != "scratch":
         given = " --init MAGE"
     number = "" if _most_in(recipe, precision) != precision else f"--precision {precision} "

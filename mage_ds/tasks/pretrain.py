@@ -19,6 +19,7 @@ from mage_ds.engine import (
     gather,
     held_out,
     loop,
+    made,
     planner,
     process,
     run_folder,
@@ -96,7 +97,7 @@ def pretrain(
         process.say(f"{catalog.n:,} training pictures, {validation.n if validation else 'no'} held out (val/)")
         if encoder is not None:
             process.say(f"encoder: {sum(p.numel() for p in encoder.parameters()):,} parameters, frozen")
-        model = wrap.build(lambda: planner.model_of(recipe), recipe.seed, plan.config)
+        model = wrap.build(lambda: made.model_of(recipe), recipe.seed, plan.config)
         opened = training.begin(
             plan,
             {run_parts.engine_name(recipe): model},
@@ -292,8 +293,6 @@ def _painter(plan: Plan, catalog, vqgan: Vqgan, encoder: Encoder | None):
 def _largest_micro_batch(recipe: PretrainRecipe) -> int:
     me = process.start()
     with torch.device("meta"):
-        model = planner.model_of(recipe)
-    kept = planner.activation_bytes(
-        lambda: planner.mage_on_made_inputs(recipe, model, 1, torch.float32, "meta")[0], model
-    )
+        model = made.model_of(recipe)
+    kept = planner.activation_bytes(lambda: made.mage_on_made_inputs(recipe, model, 1, torch.float32, "meta")[0], model)
     return planner.largest_micro_batch(kept, me.device, me.local_world)

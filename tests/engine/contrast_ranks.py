@@ -12,7 +12,7 @@ import numpy as np
 import tiny
 import torch
 
-from mage_ds.engine import ds_config, gather, loop, planner, process, wrap
+from mage_ds.engine import ds_config, gather, loop, made, process, wrap
 from mage_ds.inputs.batch import Batch
 from mage_ds.tasks import pretrain
 
@@ -50,7 +50,7 @@ class Stream(tiny.Stream):
 
 def engine_of(numbers, stage: int, precision: str = "float32"):
     config = tiny.config_of(numbers, stage, precision)
-    model = wrap.build(lambda: planner.model_of(numbers), numbers.seed, config)
+    model = wrap.build(lambda: made.model_of(numbers), numbers.seed, config)
     return wrap.wrap(model, numbers, config, process.start().device)
 
 
@@ -70,7 +70,7 @@ def train(engine, numbers) -> list[dict]:
 def gradients(objective: str, world: int, rank: int) -> dict:
     """Of one contrast in float64, without DeepSpeed: the loss and every gradient, as the mean over the ranks."""
     numbers = numbers_of(objective)
-    model = planner.model_of(numbers)
+    model = made.model_of(numbers)
     wrap.initialize_weights(model, 3)
     model.double()
     each = numbers.contrastive.images // world

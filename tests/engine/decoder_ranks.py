@@ -12,7 +12,7 @@ import numpy as np
 import tiny
 import torch
 
-from mage_ds.engine import checkpoint, loop, planner, process, state, stored, training, wrap
+from mage_ds.engine import checkpoint, loop, made, process, state, stored, training, wrap
 from mage_ds.inputs.batch import Batch
 from mage_ds.tasks import pretrain
 
@@ -32,7 +32,7 @@ def numbers_of():
 
 def encoder_of(numbers):
     """The frozen encoder, of values as if it had been trained."""
-    encoder = planner.encoder_of(numbers)
+    encoder = made.encoder_of(numbers)
     wrap.initialize_weights(encoder, 77)
     return training.frozen(encoder, torch.float32)
 
@@ -82,7 +82,7 @@ def scenario(stage: int, folder: Path) -> dict:
     numbers, config = numbers_of(), tiny.config_of(numbers_of(), stage)
     encoder = encoder_of(numbers)
     before = stored.weights_hash(encoder.state_dict())
-    model = wrap.build(lambda: planner.model_of(numbers), numbers.seed, config)
+    model = wrap.build(lambda: made.model_of(numbers), numbers.seed, config)
     engine = wrap.wrap(model, numbers, config, process.start().device)
     with Counted() as sent:
         losses = train(engine, encoder, numbers)

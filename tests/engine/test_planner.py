@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mage_ds import recipes
-from mage_ds.engine import memory, planner, wrap
+from mage_ds.engine import made, memory, planner, wrap
 from mage_ds.models import Mage, Vqgan
 from mage_ds.models.masking import masks
 
@@ -28,7 +28,7 @@ def test_forward_flops_of_a_product():
 def test_flops_of_vit_base():
     numbers = recipes.load_recipe("pretrain_vit_base", ["model.vocabulary=2025"])
     forward = planner.forward_flops(
-        lambda: planner.mage_on_made_inputs(numbers, outline(numbers), 1, torch.float32, "meta")
+        lambda: made.mage_on_made_inputs(numbers, outline(numbers), 1, torch.float32, "meta")
     )
     encoder, decoder = numbers.model.encoder, numbers.model.decoder
     by_hand = encoder.depth * block_flops(129, encoder.width) + decoder.depth * block_flops(257, decoder.width)
@@ -109,12 +109,12 @@ SMALL = ["batch=4", "model.encoder={depth: 3, width: 64, heads: 4}", "model.deco
 
 def really_kept(numbers, which: str, images: int, dtype: torch.dtype) -> int:
     """Bytes alive at the end of a real forward pass, without the weights."""
-    model = planner.model_of(numbers).to(dtype)
+    model = made.model_of(numbers).to(dtype)
     for block in wrap.recomputed(wrap.blocks(model), which):
         wrap.recompute(block)
     with memory.Live(model.parameters()) as live:
         own = live.now
-        loss = planner.loss_on_made_inputs(numbers, model, images, dtype)
+        loss = made.loss_on_made_inputs(numbers, model, images, dtype)
         kept = live.now - own
     assert loss.isfinite()
     return kept
@@ -162,7 +162,7 @@ def test_flops_of_a_recipe():
     assert planner.flops_per_image(numbers) == pytest.approx(162.7e9 + 128.8e9, rel=0.01)
     tokenizer = recipes.load_recipe("digits_tokenizer")
     with torch.device("meta"):
-        model, picture = planner.model_of(tokenizer), torch.zeros(1, 3, 32, 32)
+        model, picture = made.model_of(tokenizer), torch.zeros(1, 3, 32, 32)
     assert planner.flops_per_image(tokenizer) == 3 * planner.forward_flops(lambda: model(picture))
 
 
@@ -187,14 +187,14 @@ CONDITIONAL = [*SMALL, "model.classes=3", "label_dropout=0.1"]
 def test_a_decoder_is_what_is_trained_and_its_encoder_counts_as_frozen():
     numbers = recipes.load_recipe("digits_mage", CONDITIONAL)
     with torch.device("meta"):
-        whole, encoder = Mage(**numbers.model.model_dump()), planner.encoder_of(numbers)
+        whole, encoder = Mage(**numbers.model.model_dump()), made.encoder_of(numbers)
     below = sum(p.numel() for p in encoder.parameters())
     assert sum(planner.parameters(numbers)) == sum(p.numel() for p in whole.parameters()) - below
     frozen = planner.frozen_bytes(numbers, torch.float32)
     assert list(frozen) == ["encoder", "tokenizer"] and frozen["encoder"][0] == 4 * below
     assert list(planner.frozen_bytes(recipes.load_recipe("digits_mage"), torch.float32)) == ["tokenizer"]
-    encoder = planner.encoder_of(numbers).eval()
-    inputs = planner._masked_tokens(numbers, 8, "cpu")
+    encoder = made.encoder_of(numbers).eval()
+    inputs = made.masked_tokens(numbers, 8, "cpu")
     with memory.Live(encoder.parameters()) as live, torch.no_grad():
         weights = live.now
         encoder(*inputs)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mage_ds import recipes
-from mage_ds.engine import planner
+from mage_ds.engine import made, planner
 from mage_ds.models import Decoder, Encoder, Mage
 from mage_ds.models.masking import masks
 
@@ -57,7 +57,7 @@ def test_parameters_of_the_papers_decoder():
     header = recipes.recipe_file("class_conditional_vit_base").read_text()
     assert f"{by_hand:,}" in header and "113 M" in header
     with torch.device("meta"):
-        encoder = planner.encoder_of(recipe)
+        encoder = made.encoder_of(recipe)
     assert sum(p.numel() for p in encoder.parameters()) == 12 * block + norm + (1026 + 257) * w + norm
 
 
