@@ -1,11 +1,11 @@
 """MAE's checkpoints of the published layouts, with random values, beside timm's own ViT of these weights."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from made_mae import PATCH, SIDE, WIDTH, encoder_table, features, normalized, of_timm, save
 
 import mage_ds
 from mage_ds.engine import process, stored
@@ -13,64 +13,23 @@ from mage_ds.engine.extractors import open_extractor
 from mage_ds.errors import UserError
 from mage_ds.interop import vit
 
-WIDTH, DEPTH, PATCH, SIDE = 128, 2, 8, 4
-
-
-def of_timm(classes: int = 0):
-    """An independent model: the mean of the last block's patches, then fc_norm."""
-    torch.manual_seed(0)
-    model = timm.models.vision_transformer.VisionTransformer(
-        img_size=SIDE * PATCH,
-        patch_size=PATCH,
-        embed_dim=WIDTH,
-        depth=DEPTH,
-        num_heads=2,
-        num_classes=classes,
-        global_pool="avg",
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
-
-
-def encoder_table(model) -> dict[str, torch.Tensor]:
-    """Of a pre-training file: no fc_norm and no head, but a norm."""
-    table = {name: value for name, value in model.state_dict().items() if not name.startswith(("fc_norm", "head"))}
-    return table | {"norm.weight": torch.full((WIDTH,), 3.0), "norm.bias": torch.ones(WIDTH)}
-
-
-def decoder_table() -> dict[str, torch.Tensor]:
-    table = {"mask_token": torch.zeros(1, 1, 64), "decoder_pos_embed": torch.zeros(1, 1 + SIDE**2, 64)}
-    table |= {"decoder_embed.weight": torch.zeros(64, WIDTH), "decoder_embed.bias": torch.zeros(64)}
-    return table | {"decoder_pred.weight": torch.zeros(3 * PATCH**2, 64), "decoder_norm.weight": torch.ones(64)}
-
 
 def pictures() -> torch.Tensor:
     return torch.rand(3, 3, SIDE * PATCH, SIDE * PATCH, generator=torch.Generator().manual_seed(1))
 
 
-def normalized(images: torch.Tensor) -> torch.Tensor:
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (images - mean[:, None, None]) / std[:, None, None]
-
-
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_pre_training_file_gives_the_normalized_mean_of_the_last_block(tmp_path, decoder):
-    model, path = of_timm(), tmp_path / "mae_visualize_vit.pth"
-    torch.save({"model": encoder_table(model) | (decoder_table() if decoder else {})}, path)
+    path = tmp_path / "mae_visualize_vit.pth"
+    model = save(path, gan=decoder)
     opened = stored.open_model(path)
     assert (opened.kind, opened.classifier, opened.tokenizer, opened.image_size) == ("encoder", None, None, 32)
     assert ("decoder_embed.weight" in opened.unused) == decoder
     assert "norm.weight" in opened.unused
     with torch.no_grad():
-        x = model.patch_embed(normalized(pictures()))
-        x = model._pos_embed(x)
-        for block in model.blocks:
-            x = block(x)
-        expected = torch.nn.functional.layer_norm(x[:, 1:].mean(dim=1), (WIDTH,), eps=1e-6)
-        torch.testing.assert_close(opened.encoder.features(pictures()), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            opened.encoder.features(pictures()), features(model, pictures()), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_fine_tuned_file_gives_timms_scores(tmp_path):
@@ -94,8 +53,8 @@ def test_the_published_sizes_are_read_from_shapes():
 
 
 def test_places_are_interpolated_for_another_size(tmp_path):
-    model, path = of_timm(), tmp_path / "mae.pth"
-    torch.save({"model": encoder_table(model)}, path)
+    path = tmp_path / "mae.pth"
+    model = save(path)
     encoder, info = stored.load_encoder(path, image_size=48)
     assert (info["kind"], info["image_size"], info["tokenizer"]) == ("pixel_vit", 48, None)
     expected = timm.layers.resample_abs_pos_embed(model.pos_embed, [6, 6], num_prefix_tokens=1)
@@ -106,8 +65,8 @@ def test_places_are_interpolated_for_another_size(tmp_path):
 
 def test_it_is_an_extractor(tmp_path):
     process.start(threads=1)
-    model, path = of_timm(), tmp_path / "mae.pth"
-    torch.save({"model": encoder_table(model)}, path)
+    path = tmp_path / "mae.pth"
+    save(path)
     extractor = open_extractor(features=f"mae:{path}")
     assert (extractor.name, extractor.width, extractor.logits) == ("mae:mae.pth", WIDTH, None)
     images = (pictures() * 255).round().to(torch.uint8)
@@ -131,8 +90,8 @@ def test_it_is_opened_from_python(tmp_path):
 def test_it_is_exported_and_opened_again(tmp_path):
     from mage_ds.interop import exported
 
-    model, path = of_timm(), tmp_path / "mae.pth"
-    torch.save({"model": encoder_table(model)}, path)
+    path = tmp_path / "mae.pth"
+    save(path)
     parts = stored.open_parts(path)
     (tmp_path / "out").mkdir()
     exported.write(tmp_path / "out", parts)
