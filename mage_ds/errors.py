@@ -1,5 +1,6 @@
 """What a user sees when something is wrong: one line, and a meaningful exit code."""
 
+import json
 from collections.abc import Callable, Container
 
 EXIT_BUG = 1
@@ -14,12 +15,20 @@ class UserError(Exception):
     """
 
 
+def brief(value) -> str:
+    """Of a setting, for a line: hashes are cut, which differ at once or not at all, and so is what is long."""
+    text = json.dumps(value) if isinstance(value, dict | list) else "none" if value is None else str(value)
+    if len(text) == 64 and text.isalnum():
+        return text[:12]
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 def refuse_differences(
     out,
     what: str,
     before: dict,
     settings: dict,
-    brief: Callable[[object], str],
+    brief: Callable[[object], str] = brief,
     free: Container[str] = (),
     how: str = "holds",
 ) -> None:

@@ -9,7 +9,21 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mage_ds.errors import UserError
+
 _LOOKS, _LOOK_S = 20, 0.05  # at a file that is empty, because another process is about to write it
+
+
+@contextmanager
+def writing(out: Path):
+    """What the system refuses becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror or error}); what is done is kept: make room or mend it "
+            "and run the same command again, or choose another folder"
+        ) from None
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def test_what_the_help_repeats():
     from mage_ds.evaluation import features, figures
     from mage_ds.tasks import evaluate
 
-    assert arguments._INCEPTION == features.FILE
+    assert arguments.INCEPTION == features.FILE
     assert (*evaluate.METRICS, "top1", *figures.METRICS) == arguments._METRICS
 
 

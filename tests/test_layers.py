@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "mage_ds"
 LAYERS = {
     "errors": 0,
     "keyed": 0,
-    "files": 0,
+    "files": 1,
     "recipes": 1,
     "models": 2,
     "inputs": 2,

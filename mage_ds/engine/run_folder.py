@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mage_ds import recipes
 from mage_ds.engine import checkpoint, launched, process
-from mage_ds.errors import EXIT_BUG, EXIT_USER, Stopped, UserError
+from mage_ds.errors import EXIT_BUG, EXIT_USER, Stopped, UserError, brief
 from mage_ds.files import lock, saved
 from mage_ds.recipes.schema import Recipe
 from mage_ds.report import grids
@@ -112,7 +112,7 @@ def _refuse_differences(out: Path, recipe: Recipe, facts: dict, extend: bool) ->
             continue
         hint = "add --extend to train longer, or " if key == "duration" else ""
         raise UserError(
-            f"--out {out}: its recipe has {key} = {_brief(then.get(key))}, this one {_brief(now.get(key))}; "
+            f"--out {out}: its recipe has {key} = {brief(then.get(key))}, this one {brief(now.get(key))}; "
             f"{hint}choose another folder"
         )
     stored = read_facts(out)
@@ -120,7 +120,7 @@ def _refuse_differences(out: Path, recipe: Recipe, facts: dict, extend: bool) ->
         if stored.get(key) != facts.get(key):
             raise UserError(
                 f"{what}: differs from the one that {out} was started with "
-                f"({_brief(stored.get(key))} there, {_brief(facts.get(key))} here); choose another --out"
+                f"({brief(stored.get(key))} there, {brief(facts.get(key))} here); choose another --out"
             )
 
 
@@ -130,11 +130,6 @@ def read_facts(out: Path) -> dict:
         return dict(json.loads((out / "facts.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{out}/facts.json: cannot be read ({error}); copy the whole run folder again") from None
-
-
-def _brief(value) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def own(start: str) -> None:

@@ -70,7 +70,7 @@ class FeatureSet:
         for path in (folder, *folder.parents):
             if path.exists() and not path.is_dir():
                 raise UserError(f"--out {path}: is a file; choose a folder")
-        with writing(folder):
+        with files.writing(folder):
             book = _read(folder)
             if book is None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class FeatureSet:
                 if not files.begin(folder / "features.json", _text(book), folder / ".work"):
                     book = _read(folder)
             before, now = _flat(book), _flat({"settings": settings, "batch": batch})
-            refuse_differences(folder, "features", before, now, _brief, _FREE)
+            refuse_differences(folder, "features", before, now, free=_FREE)
             for name in ("tiles", ".work"):
                 (folder / name).mkdir(exist_ok=True)
             found = cls(folder)
@@ -103,7 +103,7 @@ class FeatureSet:
 
     def missing(self) -> list[np.ndarray]:
         """The tiles that are not there yet."""
-        with writing(self.folder):
+        with files.writing(self.folder):
             there = set(os.listdir(self.folder / "tiles"))
         return [tile for tile in self.tiles() if self.path(int(tile[0])).name not in there]
 
@@ -140,7 +140,7 @@ class FeatureSet:
             raise UserError(
                 f"pictures {tile[0]} to {tile[-1]}: the extractor gives values that are no numbers; check its weights"
             )
-        with writing(self.folder):
+        with files.writing(self.folder):
             try:
                 self._save(self.path(int(tile[0])), arrays)
             except FileNotFoundError:  # another process has just finished, and removed .work
@@ -226,16 +226,6 @@ class FeatureSet:
                 part.unlink()
 
 
-@contextmanager
-def writing(folder: Path):
-    """What the system refuses becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--out {folder}: cannot be written ({reason}); choose another folder or make room") from None
-
-
 def _read(folder: Path) -> dict | None:
     """features.json, None where there is none. UserError where it is damaged."""
     path = folder / "features.json"
@@ -261,9 +251,3 @@ def _flat(book: dict) -> dict:
 
 def _text(book: dict) -> bytes:
     return (json.dumps(book, indent=1) + "\n").encode()
-
-
-def _brief(value) -> str:
-    """Of a setting, for a line: hashes are cut, which differ at once or not at all."""
-    text = str(value)
-    return text[:12] if len(text) == 64 and text.isalnum() else text

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mage_ds import recipes
+from mage_ds import errors, files, recipes
 from mage_ds.errors import UserError, refuse_differences
 from mage_ds.files import lock, saved, sha256
 from mage_ds.inputs import order
@@ -206,7 +206,7 @@ def begin(out: Path, settings: dict, classes: list[str], held: ExitStack) -> dic
         return before
     facts = {"format": _FORMAT, "complete": False, "fingerprint": fingerprint(settings), "settings": settings}
     facts |= {"classes": classes, "splits": {}}
-    with writing(out):
+    with files.writing(out):
         for stale in out.glob(f".{FACTS}.*.part"):
             stale.unlink()
         _write_facts(out, facts)
@@ -215,7 +215,7 @@ def begin(out: Path, settings: dict, classes: list[str], held: ExitStack) -> dic
 
 def finish(out: Path, facts: dict) -> None:
     """The last word of a cache: its facts, `splits` among them, and that it is complete."""
-    with writing(out):
+    with files.writing(out):
         _write_facts(out, facts | {"complete": True})
 
 
@@ -240,7 +240,7 @@ def _known(out: Path, settings: dict) -> dict | None:
 @contextmanager
 def _alone(out: Path):
     """Keeps other starts out of the folder meanwhile; the lock dies with the process, however it dies."""
-    with writing(out):
+    with files.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")  # noqa: SIM115 (open for as long as the lock is held)
     with file:
@@ -254,20 +254,7 @@ def brief(value) -> str:
     for name, numbers in recipes.augmentations().items():
         if value == numbers:
             return name
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text[:12] if len(text) == 64 and isinstance(value, str) else text
-
-
-@contextmanager
-def writing(out: Path):
-    """What the system refuses becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot be written ({error.strerror or error}); what is done is kept: make room or mend it "
-            "and run the same command again, or choose another folder"
-        ) from None
+    return errors.brief(value)
 
 
 @dataclass(frozen=True)
@@ -302,7 +289,7 @@ class Parts:
 
     def write(self, view: int, first: int, tokens: np.ndarray, valid: np.ndarray) -> None:
         """tokens int (length(first), width), valid bool (length(first),)."""
-        with writing(self.folder.parent):
+        with files.writing(self.folder.parent):
             path = self._path(view, first)
             path.parent.mkdir(parents=True, exist_ok=True)
             with saved(path) as file:
@@ -324,7 +311,7 @@ class Parts:
 
         Returns {"n", "unreadable", "sha256": {file: digest}} for `tokens.json`.
         """
-        with writing(self.folder.parent):
+        with files.writing(self.folder.parent):
             if not _joined(self.folder):
                 for stale in self.folder.glob(".*.part"):
                     stale.unlink()

@@ -43,7 +43,7 @@ def differs(before: dict, settings: dict) -> bool:
 def refuse(out: Path, before: dict, settings: dict) -> None:
     """UserError that says in what the settings differ, where they do."""
     begun = f"--num {before['num']} pictures"
-    refuse_differences(out, begun, before, settings, _brief, _FREE, how="was begun with")
+    refuse_differences(out, begun, before, settings, free=_FREE, how="was begun with")
 
 
 def note_unlike(book, settings: dict) -> str | None:
@@ -76,12 +76,6 @@ def writing(out: Path):
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out {out}: cannot be written ({reason}); choose another folder or make room") from None
-
-
-def _brief(value) -> str:
-    """Of a setting, for a line: hashes are cut, which differ at once or not at all."""
-    text = str(value)
-    return text[:12] if len(text) == 64 and text.isalnum() else text
 
 
 def _bytes(manifest: dict) -> bytes:

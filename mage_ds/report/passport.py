@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mage_ds import files
-from mage_ds.errors import UserError
+from mage_ds.errors import UserError, brief
 from mage_ds.report.tables import aligned
 
 FORMAT = 1
@@ -152,7 +152,7 @@ def read(path: Path) -> dict:
         raise UserError(f"{path}: no such file; name the results.json of a `mage-ds evaluate --metrics fid`") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path}: is no passport of a score ({_brief(repr(error))}); name a results.json of `evaluate`"
+            f"{path}: is no passport of a score ({brief(repr(error))}); name a results.json of `evaluate`"
         ) from None
     return results
 
@@ -165,7 +165,7 @@ def difference(before: Mapping, now: Mapping, sections=IDENTITY, exact: bool = F
         if key.endswith(".files") and not exact:
             continue
         if then.get(key) != here.get(key):
-            return f"{key}: {_brief(then.get(key))} then, {_brief(here.get(key))} now"
+            return f"{key}: {brief(then.get(key))} then, {brief(here.get(key))} now"
     return None
 
 
@@ -184,7 +184,7 @@ def different_figure(before: Mapping, now: Mapping) -> str | None:
             if not math.isclose(value, other, rel_tol=_SAME, abs_tol=1e-12):
                 return f"{key}: {value!r} then, {other!r} now"
         elif value != other:
-            return f"{key}: {_brief(value)} then, {_brief(other)} now"
+            return f"{key}: {brief(value)} then, {brief(other)} now"
     return None
 
 
@@ -211,8 +211,3 @@ def _plain(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _brief(value) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

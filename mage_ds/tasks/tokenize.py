@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mage_ds import recipes
+from mage_ds import files, recipes
 from mage_ds.engine import below, ds_config, process, stored, training
 from mage_ds.errors import UserError
 from mage_ds.inputs import dali, token_cache
@@ -138,7 +138,7 @@ def _prepare(out: Path, parts: list[Parts], vqgan, info: dict) -> None:
         )
     if not (out / "tokenizer").exists():
         aside = out / ".tokenizer.part"
-        with token_cache.writing(out):
+        with files.writing(out):
             shutil.rmtree(aside, ignore_errors=True)
             stored.save_tokenizer(aside, vqgan, info["model"], info["image_size"])
             aside.rename(out / "tokenizer")
