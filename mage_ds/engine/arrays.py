@@ -33,8 +33,9 @@ def submit(graph: Graph, name: str, out: Path, options: Sequence[str], say: Call
     file = (
         out / "jobs" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
     )  # arrays in the queue keep theirs
-    file.parent.mkdir(parents=True, exist_ok=True)
-    jobs.write(file, graph.jobs)
+    with files.writing(out):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        jobs.write(file, graph.jobs)
     index = {each: number for number, each in enumerate(graph.jobs)}
     submitted: list[str] = []
     for stage in graph.stages():

@@ -44,9 +44,11 @@ def run_all(jobs: Mapping[str, Job], out: Path, launch: Sequence[str], say: Call
     """Does what is not done, in order. launch: words that start mage_ds in place of this Python.
 
     Returns the jobs that are not done afterwards, and why: one that failed stops those that need it, and no others.
-    Raises Stopped after SIGINT or SIGTERM, which the running job has been told.
+    Raises Stopped after SIGINT or SIGTERM, which the running job has been told; UserError where `out` is not writable.
     """
     lost: dict[str, str] = {}
+    with files.writing(out):
+        (out / "logs").mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs.values() if not done(job)]
     say(f"{len(jobs)} jobs in {out}, {len(jobs) - len(todo)} of them done")
     with _Signals() as signals:
@@ -108,7 +110,6 @@ def _run(job: Job, log: Path, launch: Sequence[str], signals: _Signals, say: Cal
     mark, said = uuid.uuid4().hex, time.monotonic()
     alone = not launch or job.words[0] == "prepare"
     line = [*([sys.executable, "-m", "mage_ds"] if alone else launch), *job.words]
-    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         child = subprocess.Popen(
             line,

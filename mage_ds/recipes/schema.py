@@ -155,6 +155,11 @@ class PretrainRecipe(_Recipe):
             raise ValueError(f"masking is null: objective = {self.objective} needs masks")
         if contrast and self.batch % contrast.images:
             raise ValueError(f"contrastive.images = {contrast.images}: must divide batch = {self.batch}")
+        low = self.masking.low if self.masking else 0.0
+        if contrast and contrast.highest <= low:
+            raise ValueError(
+                f"contrastive.highest = {contrast.highest}: no picture would count, as mask ratios begin at {low}"
+            )
         cuts, changed = self.inputs.augmentation, self.inputs.colour or self.inputs.policy
         if contrast and not (self.masking or cuts.scale or cuts.flip or changed):
             raise ValueError(

@@ -6,6 +6,7 @@ a file -> jobs, which are other commands, each once -> done here or by SLURM -> 
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,11 +69,22 @@ def sweep(
             return _submitted(
                 graph, title, folder, slurm, f"mage-ds sweep {name} --scale {scale} --out {folder} --table"
             )
-        lost = jobs.run_all(graph.jobs, folder, shlex.split(launch), _say)
+        lost = jobs.run_all(graph.jobs, folder, _starter(launch), _say)
     _tell(asked, scale, graph, title, folder if out else None)
     if lost:
         failed, reason = next(iter(lost.items()))
         raise UserError(f"{len(lost)} of {len(graph.jobs)} jobs are not done, first {failed}: {reason}")
+
+
+def _starter(launch: str) -> list[str]:
+    """The words of --launch. UserError where they start nothing."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise UserError(f"--launch {launch}: {str(error).lower()}; mend the quotes") from None
+    if words and shutil.which(words[0]) is None:
+        raise UserError(f"--launch {words[0]}: there is no such program; name one that is on the PATH, as `deepspeed`")
+    return words
 
 
 def _say(line: str) -> None:
@@ -92,11 +104,9 @@ def _remembered(folder: Path, given: dict, write: bool) -> Inputs:
     now = {key: [_place(each) for each in value] if key == "sets" else _place(value) for key, value in given.items()}
     refuse_differences(folder, "runs", before, {key: now[key] for key in now if key in before}, str)
     if write and now.keys() - before.keys():
-        try:
+        with files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             run_folder.write_aside(path, json.dumps(before | now, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
     return Inputs(**(before | now))
 
 

@@ -48,6 +48,9 @@ def test_what_is_refused(place):
         ("table.yaml", "--scale", "digits", "--out", "x", "--only", "clss"): "--only clss: there is no such row",
         ("table.yaml", "--scale", "digits", "--out", "x", "--record"): "has no finished run of a packaged recipe",
         ("table.yaml", "--scale", "digits", "--seeds", "0", "--out", "x"): "--seeds: 0: must be a whole number",
+        ("table.yaml", "--scale", "digits", "--out", "/proc/x"): "--out /proc/x: cannot be written",
+        ("table.yaml", "--scale", "digits", "--out", "x", "--launch", "nosuch -n 2"): "--launch nosuch: there is no",
+        ("table.yaml", "--scale", "digits", "--out", "x", "--launch", "deepspeed '"): "no closing quotation",
     }
     results = several(*(["sweep", *words] for words in wrong), cwd=place)
     for (code, _, said), wanted in zip(results, wrong.values(), strict=True):

@@ -123,6 +123,7 @@ def test_a_cache_gives_all_pairs_of_its_views_in_turn(place, train):
         (["contrastive=null"], "objective = both: needs the section contrastive"),
         (["masking=null"], "masking is null: objective = both needs masks"),
         (["contrastive.images=3"], "contrastive.images = 3: must divide batch = 8"),
+        (["contrastive.highest=0.5"], "contrastive.highest = 0.5: no picture would count, as mask ratios begin at 0.5"),
         (
             ["objective=contrastive", "masking=null", "inputs.augmentation=none"],
             "objective = contrastive: both views of a picture are the same, without masks and augmentation",
