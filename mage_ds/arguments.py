@@ -312,17 +312,19 @@ def fewshot(parser: argparse.ArgumentParser) -> None:
 def sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="a table, or a .yaml file; without it: lists them")
     parser.add_argument(
-        "--scale", choices=("paper", "digits"), default="paper", help="digits: tiny recipes, from nothing (paper)"
+        "--scale", choices=("paper", "digits"), help="digits: tiny recipes, from nothing (what DIR has; else paper)"
     )
     parser.add_argument("--out", metavar="DIR", help="folder for runs and tables; several tables may share it")
-    given = parser.add_argument_group("what is given, once for a DIR: it is known from then on")
+    given = parser.add_argument_group("what is given, once for a DIR: it is known from then on, as --scale is")
     given.add_argument("--data", metavar="DATA", help="pictures that all is trained on")
     given.add_argument("--tokenizer", metavar="PATH", help="a trained tokenizer")
     given.add_argument("--inception", metavar="FILE", help=f"{INCEPTION}; without it FID is left out")
     given.add_argument("--models", metavar="FOLDER", help="files of others by their published names, such as MAE's")
     given.add_argument("--sets", nargs="+", default=[], metavar="DATA", help="data sets of few-shot classification")
-    parser.add_argument("--seeds", type=count, default=1, metavar="N", help="train all that many times (1)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="labels of rows")
+    parser.add_argument(
+        "--seeds", type=count, metavar="N", help="train all that many times (what the table has; else 1)"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="make these rows: their labels")
     how = parser.add_argument_group("how; without them one job after the other, in one process each")
     how.add_argument(
         "--launch",

@@ -72,14 +72,14 @@ def _worst(axes, confusion: np.ndarray, names: Sequence[str], chosen: np.ndarray
     for place, each in zip(places, chosen, strict=True):
         other = int(wrong[each].argmax())
         text = f"{shares[each]:.0%} of {confusion[each].sum():,}"
-        text += f", else {_short(names[other])}" if wrong[each, other] else ""
+        text += f", mostly taken for {_short(names[other])}" if wrong[each, other] else ""
         axes.text(0.02, place, text, va="center", fontsize=6.5, color="black")
     axes.set_yticks(places, [_short(names[each]) for each in chosen], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("worst classes: named right, of how many, most taken for", fontsize=8)
+    axes.set_title("worst classes: named right, of how many", fontsize=8)
 
 
 def _short(name: str) -> str:

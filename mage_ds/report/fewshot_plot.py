@@ -29,7 +29,7 @@ def save(path: Path, results: Sequence[Mapping], title: str) -> None:
         if number % columns == 0:
             axes.set_ylabel("top-1 on val/, %", fontsize=8)
         if number + columns >= len(sets):  # nothing below it
-            axes.set_xlabel("pictures of a class", fontsize=8)
+            axes.set_xlabel("labelled pictures a class", fontsize=8)
     known = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend([known[name] for name in sources], sources, loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(title, fontsize=9)

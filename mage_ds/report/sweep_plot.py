@@ -112,7 +112,7 @@ def _over(axes, rows: Sequence[Row], along: str, y: str) -> None:
     axes.set_xticks([*at.values()], [written(value) for value in values])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(along)
-    axes.set_title("bars: the interval", fontsize=8)
+    axes.set_title("bars: the 95 % interval", fontsize=8)
 
 
 def _styled(rows: Sequence[Row], along: str) -> Iterator[tuple[str, list[Row], dict]]:

@@ -50,11 +50,11 @@ def _measured(axes, lines: Sequence[Line], name: str) -> None:
     means = [statistics.fmean(values) for _, values in there]
     bars = [statistics.stdev(values) if len(values) > 1 else 0 for _, values in there]
     style = {"color": "tab:blue", "marker": "o", "ms": 4.5, "lw": 1.4, "capsize": 2, "elinewidth": 0.9}
-    axes.errorbar([place for place, _ in there], means, bars, label="measured", **style)
+    axes.errorbar([place for place, _ in there], means, bars if any(bars) else None, label="measured", **style)
 
 
 def _published(axes, lines: Sequence[Line], name: str, apart: bool) -> None:
     there = [(place, line.published[name]) for place, line in enumerate(lines) if name in line.published]
-    label = "published (ImageNet, right axis)" if apart else "published"
+    label = "published (ImageNet, right axis, another scale)" if apart else "published"
     axes.plot(*zip(*there, strict=True) if there else ([], []), label=label, color="0.45", ls="--", marker="s", ms=3.5)
     axes.tick_params(labelsize=8)

@@ -108,8 +108,8 @@ def _samples(source: Path, manifest: dict | None) -> tuple[Iterable, np.ndarray 
     if manifest is None:
         if (source / "recipe.yaml").is_file():
             raise UserError(
-                f"{source}: is a run folder; make pictures with `mage-ds sample` and evaluate their folder, or give "
-                "--data DATA instead of --reference to evaluate a tokenizer"
+                f"{source}: is a run folder; of a MAGE give --inception FILE or --features run:RUN, of a classifier "
+                "--metrics top1, of a tokenizer --data DATA in place of --reference"
             )
         return _decoded(open_catalog(source)), None
     if not manifest["complete"]:

@@ -220,7 +220,7 @@ def _told(results: dict) -> str:
     if results["unreadable"]:
         text.append(f"not counted, because unreadable: {', '.join(results['unreadable'][:_TOLD])}")
     if results["mistakes"]:
-        some = (f"{a} for {b}: {count}" for b, a, count in results["mistakes"][:_TOLD])
+        some = (f"{is_} taken for {said}: {count}" for is_, said, count in results["mistakes"][:_TOLD])
         text.append(f"most frequent mistakes: {', '.join(some)}")
     return "\n".join(text)
 

@@ -20,20 +20,21 @@ from mage_ds.recipes.sweep import Sweep, load_sweep, sweep_names
 from mage_ds.report import bands, paper_table, table_plot
 from mage_ds.report.paper_table import Line
 
+_GIVEN = "inputs.json"
 _SHOTS = "shots"  # the column that stands for one of each number of shots
 
 
 def sweep(
     *,
     name: str | None = None,
-    scale: str = "paper",
+    scale: str | None = None,
     data: str | None = None,
     tokenizer: str | None = None,
     inception: str | None = None,
     models: str | None = None,
     sets: Sequence[str] = (),
     out: str | None = None,
-    seeds: int = 1,
+    seeds: int | None = None,
     only: Sequence[str] = (),
     launch: str = "",
     slurm: str | None = None,
@@ -42,8 +43,9 @@ def sweep(
 ) -> None:
     """Makes a table of the paper in `out`, which any number of tables may share; without a name lists them.
 
-    What is done is not done again. Args: data, tokenizer, inception, models, sets: of `recipes.jobs.Inputs`, known from
-    the first command on; seeds, only: of `recipes.jobs.expand`; launch: words that start mage_ds, such as
+    What is done is not done again. Args: scale ("paper"), data, tokenizer, inception, models, sets: of
+    `recipes.jobs.Inputs`, known from the first command on; seeds (1): of `recipes.jobs.expand`, known for this table;
+    only: of the same, for making; launch: words that start mage_ds, such as
     `deepspeed --num_gpus 8 --module mage_ds`; slurm: options of sbatch, submits arrays in place of doing it here;
     table: only tells what is measured so far; record: only writes the curves that later runs are compared with.
     Raises: UserError, where a job failed too; Stopped.
@@ -53,23 +55,26 @@ def sweep(
     asked = load_sweep(name)
     if out is None and not table:
         raise UserError("--out DIR: is missing; it is the folder for the runs, and several tables may share it")
-    folder = Path(out or ".")
+    if only and (table or record):
+        raise UserError("--only: chooses what is made; --table and --record are of all rows: leave it out")
+    folder, title = Path(out or "."), Path(name).stem
     given = {"data": data, "tokenizer": tokenizer, "inception": inception, "models": models, "sets": [*sets]}
-    given, told = {key: value for key, value in given.items() if value}, table or record
-    inputs = _remembered(folder, given, write=not told) if out else Inputs(**given)
-    graph = graphs.expand(asked, scale, inputs, folder, seeds=seeds, only=() if told else only, told=told)
-    title = Path(name).stem
+    told = table or record
+    known = _remembered(folder if out else None, {key: value for key, value in given.items() if value}, scale)
+    scale, seeds = known["scale"], seeds or known["seeds"].get(title, 1)
+    inputs = Inputs(**{key: value for key, value in known.items() if key in given})
+    graph = graphs.expand(asked, scale, inputs, folder, seeds=seeds, only=only, told=told)
     if record:
         return _record(graph, folder)
     lost: dict[str, str] = {}
     if not table:
+        starter = _starter(launch)
+        _remember(folder, known | {"seeds": known["seeds"] | {title: max(seeds, known["seeds"].get(title, 1))}})
         for remark in graph.remarks:
             _say(f"- {remark}")
         if slurm is not None:
-            return _submitted(
-                graph, title, folder, slurm, f"mage-ds sweep {name} --scale {scale} --out {folder} --table"
-            )
-        lost = jobs.run_all(graph.jobs, folder, _starter(launch), _say)
+            return _submitted(graph, title, folder, slurm, f"mage-ds sweep {name} --out {folder} --table")
+        lost = jobs.run_all(graph.jobs, folder, starter, _say)
     _tell(asked, scale, graph, title, folder if out else None)
     if lost:
         failed, reason = next(iter(lost.items()))
@@ -94,20 +99,22 @@ def _say(line: str) -> None:
 # --- what is given, and done -----------------------------------------------------------------------------------------
 
 
-def _remembered(folder: Path, given: dict, write: bool) -> Inputs:
+def _remembered(folder: Path | None, given: dict, scale: str | None) -> dict:
     """What was given by now for this folder. UserError where it was something else: runs would not fit together."""
-    path = folder / "inputs.json"
     try:
-        before = json.loads(path.read_text())
+        before = json.loads((folder / _GIVEN).read_text()) if folder else {}
     except (OSError, ValueError):
         before = {}
     now = {key: [_place(each) for each in value] if key == "sets" else _place(value) for key, value in given.items()}
+    now |= {"scale": scale} if scale else {}
     refuse_differences(folder, "runs", before, {key: now[key] for key in now if key in before}, str)
-    if write and now.keys() - before.keys():
-        with files.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            run_folder.write_aside(path, json.dumps(before | now, indent=1) + "\n")
-    return Inputs(**(before | now))
+    return {"scale": "paper", "seeds": {}} | before | now
+
+
+def _remember(folder: Path, known: dict) -> None:
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        run_folder.write_aside(folder / _GIVEN, json.dumps(known, indent=1) + "\n")
 
 
 def _place(given: str) -> str:

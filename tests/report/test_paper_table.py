@@ -32,7 +32,7 @@ def test_plot(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.axes.Axes.plot", _note(drawn, "published"))
     path = tmp_path / "plot.png"
     assert table_plot.save(path, LINES, ["fid", "top1"], "lambda", "a table", apart=True)
-    assert drawn["measured"] == [([1], [11.0], [1.0]), ([1, 2], [70.04, 71.0], [0, 0])]  # places in the order of `at`
+    assert drawn["measured"] == [([1], [11.0], [1.0]), ([1, 2], [70.04, 71.0], None)]  # places in the order of `at`
     assert drawn["published"] == [((0, 1), (27.0, 9.10)), ((1,), (78.9,))]
     assert Image.open(path).size == (1840, 760)
     assert not table_plot.save(tmp_path / "none.png", [LINES[1]], ["fid"], "lambda", "a table", apart=False)

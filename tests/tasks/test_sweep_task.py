@@ -61,16 +61,26 @@ def test_what_is_refused(place):
 def test_a_table_of_nothing_and_what_was_given(place):
     """Without --out all is blank. What was given is known from then on, and something else is refused."""
     (place / "x").mkdir()
-    (place / "x" / "inputs.json").write_text(json.dumps({"data": str(place / "data")}))
+    known = {"data": str(place / "data"), "scale": "digits", "seeds": {"table": 2}}
+    (place / "x" / "inputs.json").write_text(json.dumps(known))
     table = ["sweep", "table.yaml", "--scale", "digits"]
-    blank, listed, refused = several(
-        [*table, "--table"], ["sweep"], [*table, "--out", "x", "--data", "other"], cwd=place
+    blank, listed, refused, told, other, rows = several(
+        [*table, "--table"],
+        ["sweep"],
+        [*table, "--out", "x", "--data", "other"],
+        ["sweep", "table.yaml", "--out", "x", "--table"],
+        ["sweep", "table.yaml", "--out", "x", "--scale", "paper", "--table"],
+        [*table, "--out", "x", "--table", "--only", "cls"],
+        cwd=place,
     )
     lines = blank[1].splitlines()
     assert blank[0] == 0 and lines[2].split() == ["cls", "11.6", "73.3"] and lines[4].split() == ["none"]
     assert "0 of 8 jobs are done" in blank[1]
     assert "table8" in listed[1] and "lambda" in listed[1]
     assert refused[0] == 2 and f"(data {place}/data there, {place}/other here)" in refused[2]
+    assert told[0] == 0 and "(--scale digits)" in told[1] and "0 of 14 jobs are done" in told[1], told
+    assert other[0] == 2 and "(scale digits there, paper here)" in other[2]
+    assert rows[0] == 2 and "--only: chooses what is made" in rows[2]
     assert sorted(path.name for path in place.iterdir()) == ["table.yaml", "x"]
 
 
