@@ -20,8 +20,8 @@ case "${1-}" in
 esac
 case $selection in
     fast) markers="not processes and not full and not gpu" expected="2 minutes" ;;
-    default) markers="not full and not gpu" expected="8 minutes" ;;
-    full) markers="not gpu" expected="70 minutes" ;;
+    default) markers="not full and not gpu" expected="22 minutes" ;;
+    full) markers="not gpu" expected="90 minutes" ;;
     gpu) markers="gpu" expected="10 minutes" ;;
 esac
 if [ "$selection" != gpu ]; then
