@@ -2,7 +2,7 @@
 # Tests of the checkout, set-up included:   bash launch/test.sh [fast|full|gpu] [pytest arguments]
 #
 #   fast       ruff, and the tests that start no processes: 2 minutes
-#   (nothing)  ruff, and all tests but the long ones and those that need a GPU: 8 minutes on 2 cores
+#   (nothing)  ruff, and all tests but the long ones and those that need a GPU: 22 minutes on 2 cores
 #   full       all tests but those that need a GPU; as root on Debian it installs ssh, pdsh and SLURM for the cluster tests
 #   gpu        the tests that need a GPU
 #

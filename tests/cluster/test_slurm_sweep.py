@@ -33,7 +33,7 @@ def submit(cluster, place: Path) -> list[str]:
     """The numbers of the arrays."""
     asked = cluster.run("mage-ds", "sweep", *LINE, f"--slurm={HERE}", cwd=place)
     assert asked.returncode == 0, asked.stderr
-    assert "then: mage-ds sweep table.yaml --scale digits --out x --table" in asked.stdout
+    assert "then: mage-ds sweep table.yaml --out x --table" in asked.stdout
     return [line.split()[1].rstrip(":") for line in asked.stdout.splitlines() if line.startswith("array ")]
 
 
