@@ -1,7 +1,7 @@
 """Crop boxes, flips, changes of colour: numbers only, keyed by (seed, epoch, sample, view); DALI carries them out.
 
-Random resized crop after torchvision's algorithm, `tried`, or in one draw, `clamped`, as the paper's linear probe and
-fine-tuning have it (paper.md section 4: the ranges arrive from the recipe).
+Random resized crop after torchvision's algorithm, `tried`, or in one draw, `clamped`, as the authors' linear probe has
+it (paper.md section 4: the ranges arrive from the recipe).
 """
 
 import numpy as np

@@ -50,7 +50,7 @@ def test_crops_equal_a_plain_loop(scale):
 
 
 def test_clamped_crops_equal_a_plain_loop():
-    """The authors' fine-tuning and probe: one draw, cut to the picture."""
+    """The authors' probe: one draw, cut to the picture."""
     rng = np.random.default_rng(3)
     sizes = rng.integers(1, 600, (400, 2))
     sizes[:4] = [[1, 1], [1, 500], [500, 1], [640, 480]]
