@@ -108,8 +108,9 @@ def _samples(source: Path, manifest: dict | None) -> tuple[Iterable, np.ndarray 
     if manifest is None:
         if (source / "recipe.yaml").is_file():
             raise UserError(
-                f"{source}: is a run folder; of a MAGE give --inception FILE or --features run:RUN, of a classifier "
-                "--metrics top1, of a tokenizer --data DATA in place of --reference"
+                f"{source}: is a run folder; of a MAGE give --inception FILE or --features run:RUN (--metrics readable "
+                "is of pictures of `mage-ds sample`), of a classifier --metrics top1, of a tokenizer --data DATA in "
+                "place of --reference"
             )
         return _decoded(open_catalog(source)), None
     if not manifest["complete"]:

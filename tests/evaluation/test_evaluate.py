@@ -129,7 +129,7 @@ def test_unfinished_damaged_and_foreign_sources(reference, samples, tmp_path):
     (run / "recipe.yaml").write_text("task: pretrain")
     with pytest.raises(UserError) as caught:
         task.evaluate(run, reference=reference)
-    one_line(caught, "run folder", "mage-ds sample")
+    one_line(caught, "run folder", "--features run:RUN", "mage-ds sample")
     with pytest.raises(UserError) as caught:
         task.evaluate(reference / "val", reference=reference, run=tmp_path / "none")
     one_line(caught, "none")
