@@ -74,7 +74,11 @@ def convert(source, out) -> None:
 
 def _refuse(parts: Parts, source: Path, layout: str) -> None:
     if parts.kind == "encoder":
-        raise UserError(f"{source}: is an encoder alone, part of a run; export the run, or copy the folder as it is")
+        raise UserError(
+            f"{source}: is an encoder alone (of a contrast, or part of a run), which has no export; copy the folder"
+        )
+    if layout == "official" and parts.kind not in _OFFICIAL:
+        raise UserError(f"--layout official: {source} sees pixels, which the authors' layout is not for; leave it out")
     if layout == "official" and parts.kind == "mage" and parts.model.get("classes"):
         raise UserError(
             f"--layout official: {source} takes labels of {parts.model['classes']} classes, which the authors' layout "

@@ -68,12 +68,12 @@ def sweep(
         return _record(graph, folder)
     lost: dict[str, str] = {}
     if not table:
-        starter = _starter(launch)
+        starter, options = _starter(launch), _split("--slurm", slurm or "")
         _remember(folder, known | {"seeds": known["seeds"] | {title: max(seeds, known["seeds"].get(title, 1))}})
         for remark in graph.remarks:
             _say(f"- {remark}")
         if slurm is not None:
-            return _submitted(graph, title, folder, slurm, f"mage-ds sweep {name} --out {folder} --table")
+            return _submitted(graph, title, folder, options, f"mage-ds sweep {name} --out {folder} --table")
         lost = jobs.run_all(graph.jobs, folder, starter, _say)
     _tell(asked, scale, graph, title, folder if out else None)
     if lost:
@@ -81,12 +81,17 @@ def sweep(
         raise UserError(f"{len(lost)} of {len(graph.jobs)} jobs are not done, first {failed}: {reason}")
 
 
+def _split(option: str, text: str) -> list[str]:
+    """The words of an option. UserError where a quote is open."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: {str(error).lower()}; mend the quotes") from None
+
+
 def _starter(launch: str) -> list[str]:
     """The words of --launch. UserError where they start nothing."""
-    try:
-        words = shlex.split(launch)
-    except ValueError as error:
-        raise UserError(f"--launch {launch}: {str(error).lower()}; mend the quotes") from None
+    words = _split("--launch", launch)
     if words and shutil.which(words[0]) is None:
         raise UserError(f"--launch {words[0]}: there is no such program; name one that is on the PATH, as `deepspeed`")
     return words
@@ -121,8 +126,8 @@ def _place(given: str) -> str:
     return given if given == "random" else str(Path(given).resolve())
 
 
-def _submitted(graph: Graph, title: str, folder: Path, options: str, later: str) -> None:
-    numbers = arrays.submit(graph, title, folder, shlex.split(options), _say)
+def _submitted(graph: Graph, title: str, folder: Path, options: list[str], later: str) -> None:
+    numbers = arrays.submit(graph, title, folder, options, _say)
     if not numbers:
         _say(f"all {len(graph.jobs)} jobs are done already")
     _say(f"then: {later}")

@@ -51,6 +51,7 @@ def test_what_is_refused(place):
         ("table.yaml", "--scale", "digits", "--out", "/proc/x"): "--out /proc/x: cannot be written",
         ("table.yaml", "--scale", "digits", "--out", "x", "--launch", "nosuch -n 2"): "--launch nosuch: there is no",
         ("table.yaml", "--scale", "digits", "--out", "x", "--launch", "deepspeed '"): "no closing quotation",
+        ("table.yaml", "--scale", "digits", "--out", "x", "--slurm=--a '"): "--slurm --a ': no closing quotation",
     }
     results = several(*(["sweep", *words] for words in wrong), cwd=place)
     for (code, _, said), wanted in zip(results, wrong.values(), strict=True):
